@@ -1,0 +1,317 @@
+"""The one settings tree: what an operator can turn, with its unit, default and doc.
+
+Comes in: `noria.toml`, `NORIA_*` environment, flags (in that order of precedence). Goes out: a frozen `Settings`.
+Environment names nest with two underscores: `NORIA_SERVER__HTTP_PORT=9000`. Unknown keys are refused.
+Must not import torch, vllm or fastapi.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from noria.errors import SettingsError
+
+Policy = Literal["frozen", "full", "lora"]
+
+
+class Section(BaseModel):
+    """A part of the tree: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ServerSettings(Section):
+    """Where the server listens."""
+
+    host: str = "127.0.0.1"
+    """Address both wires bind to."""
+    http_port: int = Field(8000, ge=0, le=65535)
+    """HTTP port; 0 takes a free one."""
+    grpc_port: int = Field(50051, ge=0, le=65535)
+    """gRPC port; 0 takes a free one."""
+    served_model_name: str = "noria"
+    """The model name that clients send."""
+    shutdown_s: float = Field(20.0, ge=0)
+    """How long a stopping server lets running requests finish, in seconds."""
+    api_key: SecretStr | None = None
+    """A bearer key that every HTTP and gRPC call must carry; none asks for none."""
+
+
+class EngineSettings(Section):
+    """What vLLM is started with."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Activation type; `auto` is bfloat16 on a CPU and the checkpoint's own on a GPU."""
+    max_model_len: int | None = Field(None, ge=64)
+    """Longest prompt plus answer, in tokens; none takes the checkpoint's, at most 4096."""
+    max_num_seqs: int | None = Field(None, ge=1)
+    """Sequences that run at once; none is 16 on a CPU and vLLM's own on a GPU."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """KV cache on a CPU, in GiB. On a GPU `gpu_memory_utilization` rules."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes."""
+    enforce_eager: bool | None = None
+    """Skip CUDA graphs and compilation; none is true on a CPU and false on a GPU."""
+    threads: int | None = Field(None, ge=1)
+    """OpenMP threads of the engine on a CPU; none takes every core."""
+    fast_start: bool = True
+    """Start the engine from a fork server that has vLLM preloaded, its worker inside the engine process."""
+    args: tuple[str, ...] = ()
+    """More of vLLM's own command-line arguments, as they are: `["--enable-lora"]`."""
+
+
+class CaptureSettings(Section):
+    """What is kept of the traffic."""
+
+    default: bool = True
+    """Keep completions whose request does not say `store`. `store: false` is always obeyed."""
+    queue_size: int = Field(2048, ge=1)
+    """Completions that may wait for the store; past it the newest are dropped and counted."""
+    commit_ms: int = Field(20, ge=0)
+    """How long a write waits for others to share its commit, in milliseconds."""
+    batch: int = Field(128, ge=1)
+    """Most completions in one commit."""
+
+
+class StoreSettings(Section):
+    """Where records and pictures lie."""
+
+    url: str | None = None
+    """SQLAlchemy URL; none is SQLite at NORIA_HOME/noria.db. `postgresql+psycopg://...` works too."""
+    blobs: str | None = None
+    """fsspec URL of the pictures; none is NORIA_HOME/blobs."""
+
+
+class LoraSettings(Section):
+    """The low-rank adapter that training produces (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+
+    rank: int = Field(16, ge=1)
+    """Rank r."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale numerator: the update is alpha/rank * B A."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+
+
+class ModulePolicies(Section):
+    """Who trains: one policy per module. Preference methods freeze the tower."""
+
+    vision_tower: Policy = "frozen"
+    """The ViT."""
+    aligner: Policy = "frozen"
+    """The projector or merger between ViT and language model."""
+    language_model: Policy = "lora"
+    """The LLM."""
+
+
+class DpoSettings(Section):
+    """Direct preference optimisation (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7)."""
+
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull to the reference."""
+    learning_rate: float = Field(5e-5, gt=0)
+    """Peak learning rate."""
+    epochs: float = Field(3.0, gt=0)
+    """Passes over the training pairs."""
+    batch_size: int = Field(4, ge=1)
+    """Pairs in one optimiser step."""
+    micro_batch_size: int = Field(2, ge=1)
+    """Pairs in one forward; divides batch_size."""
+    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    """Share of steps over which the rate rises."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient clip."""
+    max_length: int = Field(1024, ge=32)
+    """Prompt plus answer, in tokens; a longer pair is left out and counted."""
+    seed: int = 0
+    """Seed of data order and initialisation."""
+
+    @model_validator(mode="after")
+    def _micro_divides(self) -> Self:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"dpo.batch_size={self.batch_size} is not a multiple of dpo.micro_batch_size={self.micro_batch_size}"
+            )
+        return self
+
+
+class QuantizeSettings(Section):
+    """GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323)."""
+
+    bits: Literal[4, 8] = 4
+    """Bits of a weight."""
+    group_size: int = Field(32, ge=16)
+    """Weights that share a scale."""
+    calibration_samples: int = Field(32, ge=1)
+    """Conversations used for calibration."""
+    calibration_tokens: int = Field(512, ge=16)
+    """Longest calibration sample, in tokens."""
+    damp: float = Field(0.05, gt=0, lt=1)
+    """Damping of the Hessian's diagonal."""
+
+
+class VerifySettings(Section):
+    """What the quantised artefact must prove against the merged model."""
+
+    max_kl: float = Field(0.5, gt=0)
+    """Largest mean KL(merged || quantised) per token on held-out text, in nats."""
+    samples: int = Field(16, ge=1)
+    """Conversations it is measured on."""
+    probe_tolerance: float = Field(0.25, gt=0)
+    """Largest mean |difference| of the probe's log-probabilities in the engine against the verifier's, in nats."""
+
+
+class PolicySettings(Section):
+    """When the trainer starts by itself."""
+
+    automatic: bool = True
+    """False leaves every start to an operator."""
+    min_preferences: int = Field(200, ge=1)
+    """Unused training preferences that start a job."""
+    min_interval_s: float = Field(3600, ge=0)
+    """Least time between two automatic starts, in seconds."""
+    window: str | None = None
+    """Cron expression (UTC); an automatic job starts only in a minute that it matches. None is any time."""
+    method: Literal["dpo"] = "dpo"
+    """Method of an automatic job."""
+    rollout: Literal["none", "direct"] = "direct"
+    """What follows a verified version."""
+
+
+class TrainSettings(Section):
+    """The trainer daemon and its pipeline."""
+
+    policy: PolicySettings = PolicySettings()
+    modules: ModulePolicies = ModulePolicies()
+    lora: LoraSettings = LoraSettings()
+    dpo: DpoSettings = DpoSettings()
+    quantize: QuantizeSettings = QuantizeSettings()
+    verify: VerifySettings = VerifySettings()
+    held_out: float = Field(0.1, ge=0, lt=0.9)
+    """Share of prompts (by hash) that never train."""
+    min_pairs: int = Field(8, ge=1)
+    """Fewest training pairs that a job accepts."""
+    lease_s: float = Field(60.0, gt=1)
+    """A job whose trainer is silent for so long is taken up by another."""
+    poll_s: float = Field(1.0, gt=0)
+    """How often the daemon looks for work, in seconds."""
+    nice: int = Field(10, ge=0, le=19)
+    """Scheduling priority given away to the server on the same machine."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of the trainer; none takes every core."""
+    keep_merged: bool = False
+    """Keep the merged full-precision model of each job."""
+
+    @model_validator(mode="after")
+    def _tower_frozen(self) -> Self:
+        if self.policy.method == "dpo" and self.modules.vision_tower != "frozen":
+            raise ValueError(
+                f"train.modules.vision_tower={self.modules.vision_tower!r} contradicts train.policy.method='dpo': "
+                "preference methods keep the tower frozen"
+            )
+        return self
+
+
+class ReleaseSettings(Section):
+    """How a new version goes live."""
+
+    drain_s: float = Field(60.0, gt=0)
+    """Longest wait for running requests before a swap; past it the rollout fails and traffic goes on."""
+    poll_s: float = Field(0.5, gt=0)
+    """How often the server looks for a rollout, in seconds."""
+
+
+class Settings(BaseSettings):
+    """Everything an operator can set. Precedence: flags, then `NORIA_*` environment, then `noria.toml`."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        env_prefix="NORIA_",
+        env_nested_delimiter="__",
+    )
+
+    home: Path = Path("~/.noria")
+    """NORIA_HOME: settings, store, pictures, models and jobs."""
+    url: str = "http://127.0.0.1:8000"
+    """NORIA_URL: where commands find the server."""
+    server: ServerSettings = ServerSettings()
+    engine: EngineSettings = EngineSettings()
+    capture: CaptureSettings = CaptureSettings()
+    store: StoreSettings = StoreSettings()
+    train: TrainSettings = TrainSettings()
+    release: ReleaseSettings = ReleaseSettings()
+
+    @model_validator(mode="after")
+    def _expand_home(self) -> Self:
+        object.__setattr__(self, "home", self.home.expanduser().resolve())
+        return self
+
+    @property
+    def store_url(self) -> str:
+        """The SQLAlchemy URL in force."""
+        return self.store.url or f"sqlite:///{self.home / 'noria.db'}"
+
+    @property
+    def blobs_url(self) -> str:
+        """The fsspec URL in force."""
+        return self.store.blobs or f"file://{self.home / 'blobs'}"
+
+    @property
+    def models_dir(self) -> Path:
+        """Folder of published versions."""
+        return self.home / "models"
+
+    @property
+    def masters_dir(self) -> Path:
+        """Folder of full-precision base checkpoints."""
+        return self.home / "masters"
+
+    @property
+    def jobs_dir(self) -> Path:
+        """Folder of the jobs' working files."""
+        return self.home / "jobs"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment, then the home's `noria.toml`."""
+        toml = TomlConfigSettingsSource(settings_cls, toml_file=_toml_path(init_settings))
+        return init_settings, env_settings, toml
+
+
+def _toml_path(init: PydanticBaseSettingsSource) -> Path:
+    home = init().get("home") or os.environ.get("NORIA_HOME") or "~/.noria"
+    return Path(str(home)).expanduser() / "noria.toml"
+
+
+def load_settings(**flags: Any) -> Settings:
+    """Reads the tree; `flags` are nested like it (`server={"http_port": 0}`) and win.
+
+    Raises SettingsError, one line per wrong key, each naming the key.
+    """
+    try:
+        return Settings(**{k: v for k, v in flags.items() if v is not None})
+    except ValidationError as error:
+        lines = []
+        for one in error.errors():
+            key = ".".join(str(part) for part in one["loc"]) or "settings"
+            lines.append(f"{key}: {one['msg']}" + (" (unknown key)" if one["type"] == "extra_forbidden" else ""))
+        raise SettingsError("\n".join(lines), param=lines[0].split(":")[0]) from error
