@@ -1,0 +1,137 @@
+"""Which version answers: one gate that every request passes and that a swap closes.
+
+Comes in: requests (as a `Trace` each) and swaps (`VersionGate.exclusive`). Goes out: the `ServingVersion` that a
+request is bound to, from its first token to its last. Pure asyncio, one event loop, no locks between threads.
+Must not import vllm, fastapi or the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+from noria.errors import Unavailable
+
+
+@dataclass(frozen=True)
+class ServingVersion:
+    """A version as the engine has it loaded: its id, its fingerprint `vN-xxxxxxxx`, and its `serving/` folder."""
+
+    id: str
+    fingerprint: str
+    path: Path
+
+
+@dataclass
+class Trace:
+    """What one request knows of itself while it runs; made at the door (HTTP middleware, gRPC handler).
+
+    `version` is None until the gate lets the request in and never changes after. `streaming` says that tokens go
+    out as they come. `held` counts admissions: a request with many prompts passes the gate once per prompt.
+    `to_end` says that the request keeps one admission until whoever made the trace calls `VersionGate.finish`.
+    """
+
+    request_id: str = ""
+    version: ServingVersion | None = None
+    streaming: bool = False
+    held: int = 0
+    to_end: bool = False
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the version that answers, once known."""
+        return self.version.fingerprint if self.version else None
+
+
+current_trace: ContextVar[Trace | None] = ContextVar("noria_trace", default=None)
+
+
+class VersionGate:
+    """Lets requests in while open; closes for a swap, waits until all inside have left, opens again.
+
+    A request that is inside may enter again while the gate is closed (its further prompts, the steps of a beam
+    search): it must end on the version on which it began, and the swap waits for it anyway.
+    """
+
+    def __init__(self, current: ServingVersion) -> None:
+        self._current = current
+        self._in_flight = 0
+        self._open = asyncio.Event()
+        self._open.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._swap = asyncio.Lock()
+
+    @property
+    def current(self) -> ServingVersion:
+        """The version that new requests get."""
+        return self._current
+
+    @property
+    def in_flight(self) -> int:
+        """Requests inside."""
+        return self._in_flight
+
+    @property
+    def closed(self) -> bool:
+        """True while a swap has the gate closed; new requests wait."""
+        return not self._open.is_set()
+
+    async def admit(self, trace: Trace) -> ServingVersion:
+        """Waits until the gate is open, then binds the trace to the current version. Pair it with `release`."""
+        while not trace.held and not self._open.is_set():
+            await self._open.wait()
+        if not trace.held:
+            self._in_flight += 1
+            self._idle.clear()
+            trace.version = self._current
+            if not trace.streaming:
+                trace.to_end, trace.held = True, 1
+        trace.held += 1
+        return trace.version or self._current
+
+    def release(self, trace: Trace) -> None:
+        """Gives one admission back; the last one lets a waiting swap go on."""
+        if trace.held:
+            trace.held -= 1
+            if not trace.held:
+                self._in_flight -= 1
+                if not self._in_flight:
+                    self._idle.set()
+
+    def finish(self, trace: Trace) -> None:
+        """The request is over, however it ended: gives back what a non-streaming request kept. Call it once."""
+        if trace.to_end:
+            trace.to_end = False
+            self.release(trace)
+
+    @asynccontextmanager
+    async def exclusive(self, wait_s: float) -> AsyncIterator[None]:
+        """Closes the gate, waits until nobody is inside, yields, and opens it again, whatever happened.
+
+        Raises Unavailable (code `drain_timeout`) when requests are still inside after `wait_s` seconds; the gate
+        is open again then. One swap at a time: a second one waits for the first.
+        """
+        async with self._swap:
+            self._open.clear()
+            try:
+                try:
+                    await asyncio.wait_for(self._idle.wait(), wait_s)
+                except TimeoutError:
+                    raise Unavailable(
+                        f"{self._in_flight} requests were still running after {wait_s:g} s; the swap was given up",
+                        code="drain_timeout",
+                    ) from None
+                yield
+            finally:
+                self._open.set()
+
+    def set_current(self, version: ServingVersion) -> None:
+        """Names the version that new requests get. Only inside `exclusive`."""
+        if not self.closed or self._in_flight:
+            raise RuntimeError("set_current outside of VersionGate.exclusive")
+        self._current = version
