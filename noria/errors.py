@@ -69,6 +69,12 @@ class TrainingError(NoriaError):
     code = "training_failed"
 
 
+class Unauthenticated(NoriaError):
+    """The call carries no bearer key, or not the one that the server asks for (`server.api_key`)."""
+
+    code = "invalid_api_key"
+
+
 class Unavailable(NoriaError):
     """A part that is needed (engine, store, server) does not answer now; trying again later is right."""
 
@@ -99,6 +105,7 @@ WIRE: dict[type[NoriaError], Wire] = {
     IntegrityError: Wire(422, "integrity_error", "DATA_LOSS", 6),
     UnsupportedModel: Wire(422, "unsupported_model_error", "UNIMPLEMENTED", 6),
     TrainingError: Wire(422, "training_error", "FAILED_PRECONDITION", 6),
+    Unauthenticated: Wire(401, "authentication_error", "UNAUTHENTICATED", 3),
     Unavailable: Wire(503, "service_unavailable_error", "UNAVAILABLE", 7),
     LeaseLost: Wire(409, "conflict_error", "ABORTED", 5),
     NoriaError: Wire(500, "server_error", "INTERNAL", 1),

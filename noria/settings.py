@@ -8,6 +8,7 @@ Must not import torch, vllm or fastapi.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -310,8 +311,29 @@ def load_settings(**flags: Any) -> Settings:
     try:
         return Settings(**{k: v for k, v in flags.items() if v is not None})
     except ValidationError as error:
-        lines = []
-        for one in error.errors():
-            key = ".".join(str(part) for part in one["loc"]) or "settings"
-            lines.append(f"{key}: {one['msg']}" + (" (unknown key)" if one["type"] == "extra_forbidden" else ""))
-        raise SettingsError("\n".join(lines), param=lines[0].split(":")[0]) from error
+        raise _settings_error(error, under=()) from error
+
+
+def override_train(train: TrainSettings, overrides: Mapping[str, Any]) -> TrainSettings:
+    """The training settings of one job: `overrides` is a partial tree like `{"dpo": {"beta": 0.2}}` and wins.
+
+    Raises SettingsError, one line per wrong key, each as `settings.dpo.beta`.
+    """
+    try:
+        return TrainSettings.model_validate(_merged(train.model_dump(), overrides))
+    except ValidationError as error:
+        raise _settings_error(error, under=("settings",)) from error
+
+
+def _merged(base: Any, over: Any) -> Any:
+    if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
+        return over
+    return {**base, **{key: _merged(base.get(key), value) for key, value in over.items()}}
+
+
+def _settings_error(error: ValidationError, *, under: tuple[str, ...]) -> SettingsError:
+    keys, lines = [], []
+    for one in error.errors():
+        keys.append(".".join([*under, *map(str, one["loc"])]) or "settings")
+        lines.append(f"{keys[-1]}: {one['msg']}" + (" (unknown key)" if one["type"] == "extra_forbidden" else ""))
+    return SettingsError("\n".join(lines), param=keys[0])
