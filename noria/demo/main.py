@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,9 +58,10 @@ def run(out: Path, home: Path | None = None, *, as_json_text: bool = False) -> i
     console = Console(stderr=True)
     clock = Clock()
     home = home or out / time.strftime("home-%Y%m%d-%H%M%S")
-    with clock.time("start, the embedded model included"):
-        system = running_system(home, log=out / "noria.log", console=console)
-    with system as url, NoriaClient(url) as noria:
+    with ExitStack() as stack:
+        with clock.time("start, the embedded model included"):
+            url = stack.enter_context(running_system(home, log=out / "noria.log", console=console))
+        noria = stack.enter_context(NoriaClient(url))
         result = _turn(url, noria, clock, console)
     (out / "demo.json").write_text(json.dumps(as_json(result), indent=2) + "\n")
     draw(result, out / "training.png")

@@ -29,18 +29,35 @@ _TEMPLATES: tuple[tuple[str, str], ...] = (
     ("{name} eats {fruit} every morning. What does {name} eat? Tell me about it.", "fruit"),
 )
 _NAMES = {
-    "training": "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Maria Noah Olivia Paul".split(),
-    "held_out": "Quinn Rosa Simon Tara Victor Wendy Zoe Adam Bella Carl Dora Erik".split(),
+    "training": [
+        "Anna",
+        "Ben",
+        "Clara",
+        "David",
+        "Emma",
+        "Felix",
+        "Grace",
+        "Henry",
+        "Iris",
+        "Jack",
+        "Kate",
+        "Leo",
+        "Maria",
+        "Noah",
+        "Olivia",
+        "Paul",
+    ],
+    "held_out": ["Quinn", "Rosa", "Simon", "Tara", "Victor", "Wendy", "Zoe", "Adam", "Bella", "Carl", "Dora", "Erik"],
 }
 _FILLERS = {
-    "colour": "red blue green yellow black white orange purple".split(),
-    "city": "Paris London Berlin Madrid Rome Vienna Dublin Oslo".split(),
-    "animal": "dog cat rabbit horse parrot turtle goat hamster".split(),
-    "job": "teacher doctor baker farmer pilot nurse painter lawyer".split(),
-    "drink": "tea coffee milk juice lemonade water cider soda".split(),
-    "instrument": "piano guitar violin flute drums trumpet cello harp".split(),
-    "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
-    "fruit": "apples bananas cherries grapes oranges pears plums peaches".split(),
+    "colour": ["red", "blue", "green", "yellow", "black", "white", "orange", "purple"],
+    "city": ["Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Dublin", "Oslo"],
+    "animal": ["dog", "cat", "rabbit", "horse", "parrot", "turtle", "goat", "hamster"],
+    "job": ["teacher", "doctor", "baker", "farmer", "pilot", "nurse", "painter", "lawyer"],
+    "drink": ["tea", "coffee", "milk", "juice", "lemonade", "water", "cider", "soda"],
+    "instrument": ["piano", "guitar", "violin", "flute", "drums", "trumpet", "cello", "harp"],
+    "day": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
+    "fruit": ["apples", "bananas", "cherries", "grapes", "oranges", "pears", "plums", "peaches"],
 }
 
 
