@@ -1,0 +1,59 @@
+# What people and CI run. `make help` lists it.
+SHELL := /bin/bash
+BIN := .venv/bin
+STAMP := .venv/noria-setup.stamp
+PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check lint types imports rules proto-fresh docs-fresh test demo bench docs proto clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: ## make .venv and install everything, then prove it (noria doctor)
+	@deploy/scripts/setup.sh
+
+$(STAMP): pyproject.toml deploy/scripts/setup.sh
+	@deploy/scripts/setup.sh
+
+check: lint types imports rules proto-fresh docs-fresh ## ruff, mypy, import rule, size and documentation rules, freshness
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+imports: $(STAMP)
+	$(BIN)/lint-imports
+
+rules: $(STAMP)
+	$(BIN)/python -m tests.checks.sizes
+	$(BIN)/python -m tests.checks.documented
+
+proto-fresh: $(STAMP)
+	$(BIN)/python -m tests.checks.proto
+
+docs-fresh: $(STAMP)
+	$(BIN)/python -m tests.checks.papers --check
+
+test: $(STAMP) ## unit, contract and flow tests
+	$(PYTEST) tests/unit tests/contract tests/flow
+
+demo: $(STAMP) ## the whole loop on this machine, with a table at the end
+	$(BIN)/noria demo
+
+bench: $(STAMP) ## what there is to measure, measured
+	@for file in benchmarks/*.py; do [ -e "$$file" ] || { echo "benchmarks/ is empty"; break; }; \
+		echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+docs: $(STAMP) ## write docs/cli.md and docs/settings.md from the code
+	$(BIN)/python -m tests.checks.papers
+
+proto: $(STAMP) ## write noria/v1 from proto/noria/v1
+	$(BIN)/python -m tests.checks.proto --write
+
+clean: ## remove caches and the demo's output, not .venv
+	rm -rf build dist demo-out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

