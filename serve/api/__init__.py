@@ -1,0 +1,1 @@
+"""The doors of the server: HTTP and gRPC over the same handlers."""

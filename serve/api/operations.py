@@ -1,0 +1,203 @@
+"""What an operator asks for: jobs, versions, rollouts, status.
+
+Comes in: request bodies as dicts, from either wire. Goes out: wire dicts, or a NoriaError that says why not.
+Nothing is trained or swapped here: jobs and rollouts are rows that the trainer and the releaser take up.
+Must not import vllm, fastapi or grpc.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import typing
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from noria.errors import Conflict, InvalidRequest
+from noria.records import Job, Json
+from noria.registry import Registry
+from noria.settings import PolicySettings, Settings, TrainSettings, override_train
+from noria.store import Store
+from serve.api.ports import Capture, Gate
+from serve.api.schemas import JobBody, JobPage, Page, RolloutBody, cut, listing, parse
+
+METHODS: tuple[str, ...] = typing.get_args(PolicySettings.model_fields["method"].annotation)
+AFTER_JOB: tuple[str, ...] = typing.get_args(PolicySettings.model_fields["rollout"].annotation)
+STRATEGIES = ("direct",)
+DAEMON_KEYS = ("policy", "lease_s", "poll_s")  # the daemon reads them before any job: an override would do nothing
+ENDED = ("succeeded", "failed", "cancelled")
+WATCH_POLL_S = 0.25
+TRAINER_FRESH_S = 15.0
+
+
+class Operations:
+    """Handlers of jobs, versions, rollouts and status."""
+
+    def __init__(self, store: Store, registry: Registry, gate: Gate, capture: Capture, settings: Settings) -> None:
+        self._store = store
+        self._registry = registry
+        self._gate = gate
+        self._capture = capture
+        self._settings = settings
+
+    async def create_job(self, body: Mapping[str, Any]) -> Json:
+        """Queues a job. Raises InvalidRequest or SettingsError (method, settings, rollout), Conflict (too few pairs)."""
+        asked = parse(JobBody, body)
+        policy = self._settings.train.policy
+        method = one_of("method", asked.method or policy.method, METHODS)
+        rollout = one_of("rollout", asked.rollout or policy.rollout, AFTER_JOB)
+        for key in DAEMON_KEYS:
+            if key in asked.settings:
+                raise InvalidRequest(
+                    f"settings.{key}: belongs to the trainer daemon, not to one job; set train.{key} in noria.toml",
+                    param=f"settings.{key}",
+                )
+        train = override_train(self._settings.train, asked.settings)
+        await self._enough_pairs(train)
+        job = await asyncio.to_thread(self._store.create_job, method, asked.settings, rollout, "operator")
+        return job.to_wire()
+
+    async def list_jobs(self, query: Mapping[str, Any]) -> Json:
+        """A page of jobs, newest first."""
+        page = parse(JobPage, query)
+        if page.after is None:
+            rows = await asyncio.to_thread(self._store.list_jobs, page.limit + 1, state=page.state)
+            return listing([row.to_wire() for row in rows], page.limit)
+        rows = await asyncio.to_thread(self._store.list_jobs, 10_000, state=page.state)
+        return cut([row.to_wire() for row in rows], page)
+
+    async def get_job(self, job_id: str) -> Json:
+        """One job. Raises NotFound."""
+        return (await asyncio.to_thread(self._store.get_job, job_id)).to_wire()
+
+    async def cancel_job(self, job_id: str) -> Json:
+        """Asks a job to stop: a queued one is cancelled at once, a running one at its next heartbeat.
+
+        Asking again is no error. Raises NotFound, Conflict when the job has already succeeded or failed.
+        """
+        job = await asyncio.to_thread(self._store.get_job, job_id)
+        if job.state in ("succeeded", "failed"):
+            raise Conflict(f"job {job_id} has already {job.state}; there is nothing to cancel", param="job_id")
+        if job.state != "cancelled":
+            await asyncio.to_thread(self._store.request_cancel, job_id)
+        return await self.get_job(job_id)
+
+    async def watch_job(self, job_id: str, after: int = 0) -> AsyncIterator[Json]:
+        """The job's events with `seq` above `after`, as they come, until it has ended. Raises NotFound at once."""
+        await asyncio.to_thread(self._store.get_job, job_id)
+        return self._events(job_id, after)
+
+    async def _events(self, job_id: str, after: int) -> AsyncIterator[Json]:
+        while True:
+            job: Job = await asyncio.to_thread(self._store.get_job, job_id)  # before its events: none is then missed
+            for event in await asyncio.to_thread(self._store.events, job_id, after):
+                after = event.seq
+                yield event.to_wire()
+            if job.state in ENDED:
+                return
+            await asyncio.sleep(WATCH_POLL_S)
+
+    async def list_versions(self, query: Mapping[str, Any]) -> Json:
+        """A page of versions, newest first."""
+        page = parse(Page, query)
+        rows = await asyncio.to_thread(self._store.list_versions)
+        newest_first = sorted(rows, key=lambda version: version.created_at, reverse=True)
+        return cut([row.to_wire() for row in newest_first], page)
+
+    async def get_version(self, version_id: str) -> Json:
+        """One version, with what its manifest says beside the table's row. Raises NotFound."""
+        version = await asyncio.to_thread(self._store.get_version, version_id)
+        manifest = await asyncio.to_thread(self._registry.manifest, version_id)
+        return {**version.to_wire(), "manifest": manifest.model_dump(mode="json")}
+
+    async def create_rollout(self, body: Mapping[str, Any]) -> Json:
+        """Asks for a version to go live. Raises NotFound, Conflict (live already, rejected, another one runs)."""
+        asked = parse(RolloutBody, body)
+        one_of("strategy", asked.strategy, STRATEGIES)
+        if asked.percent is not None:
+            raise InvalidRequest("percent: belongs to strategy 'canary'; 'direct' takes all traffic", param="percent")
+        return await self._roll(asked.version)
+
+    async def rollback(self) -> Json:
+        """Asks for the version that was live before. Raises Conflict when there is none."""
+        previous = await asyncio.to_thread(self._store.previous)
+        if previous is None:
+            live = await asyncio.to_thread(self._store.live)
+            raise Conflict(
+                f"there is no previous version to go back to: {live or 'none'} is the only one that was ever live",
+                code="no_previous_version",
+            )
+        return await self._roll(previous)
+
+    async def get_rollout(self, rollout_id: str) -> Json:
+        """One rollout. Raises NotFound."""
+        return (await asyncio.to_thread(self._store.get_rollout, rollout_id)).to_wire()
+
+    async def list_rollouts(self, query: Mapping[str, Any]) -> Json:
+        """A page of rollouts, newest first."""
+        page = parse(Page, query)
+        rows = await asyncio.to_thread(self._store.list_rollouts)
+        newest_first = sorted(rows, key=lambda rollout: rollout.created_at, reverse=True)
+        return cut([row.to_wire() for row in newest_first], page)
+
+    async def status(self) -> Json:
+        """What is live, what was captured and judged, and why training has or has not started."""
+        return await asyncio.to_thread(self._status)
+
+    def _status(self) -> Json:
+        store, policy = self._store, self._settings.train.policy
+        trainers = store.processes("trainer", fresh_s=TRAINER_FRESH_S)
+        newest = max(trainers, key=lambda one: one.heartbeat_at, default=None)
+        jobs = store.list_jobs(1, state="running") or store.list_jobs(1, state="queued")
+        rollouts = [one for one in store.list_rollouts() if one.state in ("queued", "running")]
+        return {
+            "object": "status",
+            "live": store.live(),
+            "serving": self._gate.current.id,
+            "previous": store.previous(),
+            "fingerprint": self._gate.current.fingerprint,
+            "in_flight": self._gate.in_flight,
+            "preferences": {**store.preference_counts(), "needed": policy.min_preferences},
+            "trainer": {"alive": newest is not None, "idle_reason": idle_reason(newest.info if newest else None)},
+            "job": jobs[0].to_wire() if jobs else None,
+            "rollout": rollouts[0].to_wire() if rollouts else None,
+            "completions": store.count_completions(),
+            "capture": {
+                "sent": self._capture.sent,
+                "stored": self._capture.stored,
+                "dropped": self._capture.dropped,
+            },
+        }
+
+    async def _roll(self, version_id: str) -> Json:
+        live = await asyncio.to_thread(self._store.live)
+        if version_id == live and self._gate.current.id == live:
+            raise Conflict(f"{version_id} is live already", param="version", code="already_live")
+        rollout = await asyncio.to_thread(self._store.create_rollout, version_id, "direct")
+        return rollout.to_wire()
+
+    async def _enough_pairs(self, train: TrainSettings) -> None:
+        judged = await asyncio.to_thread(self._store.training_pairs)
+        pairs = sum(pair is not None for _, pair in judged)
+        if pairs < train.min_pairs:
+            raise Conflict(
+                f"{pairs} training pairs are stored and a job needs at least {train.min_pairs} (train.min_pairs): "
+                "record more preferences, or lower settings.min_pairs for this job",
+                param="settings.min_pairs",
+                code="too_few_preferences",
+            )
+
+
+def one_of(field: str, value: str, supported: tuple[str, ...]) -> str:
+    """The value. Raises InvalidRequest naming the field and what is supported now."""
+    if value not in supported:
+        names = ", ".join(supported)
+        raise InvalidRequest(f"{field}: {value!r} is not supported; supported now: {names}", param=field)
+    return value
+
+
+def idle_reason(info: Json | None) -> str | None:
+    """Why no job runs, in the trainer's own words; None while one runs."""
+    if info is None:
+        return "no trainer is running: start one with `noria train` or `noria up`"
+    reason = info.get("idle_reason")
+    return None if reason is None else str(reason)
