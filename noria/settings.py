@@ -202,6 +202,8 @@ class TrainSettings(Section):
     """Share of prompts (by hash) that never train."""
     min_pairs: int = Field(8, ge=1)
     """Fewest training pairs that a job accepts."""
+    preferences: Literal["unused", "all"] = "unused"
+    """What a job trains on: judgements that no earlier version has learnt from, or every one again."""
     lease_s: float = Field(60.0, gt=1)
     """A job whose trainer is silent for so long is taken up by another."""
     poll_s: float = Field(1.0, gt=0)
