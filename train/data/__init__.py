@@ -1,0 +1,1 @@
+"""What training reads: the snapshot's rules, pairs with their pictures, chat rendering, calibration conversations."""

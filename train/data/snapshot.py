@@ -1,0 +1,158 @@
+"""Which preferences a job trains on: one stated rule, deterministic, with every row counted.
+
+Comes in: the store's rows `(Preference, Pair | None)`. Goes out: a `Selection` and the frozen `Snapshot`.
+Must not import torch or transformers.
+
+The rule, in this order; every row lands in exactly one count:
+1. `tie` and `both_bad` say nothing about a direction and are left out.
+2. `unreadable`: a side's text is gone. `empty`: a side is blank. `same_text`: both sides are the same.
+3. Rows about the same two texts under one prompt are one question, and annotators vote on it: the newest judgement
+   of an annotator is that annotator's vote (a newer tie withdraws it), an anonymous row is a voter of its own.
+   The majority's direction wins; with equal votes nothing of the question is kept. Rows of another direction, or of
+   an undecided question, are `contradictory`.
+4. Of the rows in the winning direction the earliest is kept, the others are `duplicate`.
+5. `too_long`: prompt plus the longer answer does not fit the model's training length.
+6. The prompt's hash decides between `used` (training) and `held_out`, so a prompt is always on the same side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from noria.records import Json, Pair, Preference, Snapshot
+
+Row = tuple[Preference, Pair | None]
+LEFT_OUT = ("tie", "both_bad", "unreadable", "empty", "same_text", "contradictory", "duplicate", "too_long")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the rule kept, oldest first. `counts` has `total`, `used`, `held_out` and one entry per LEFT_OUT reason."""
+
+    train: tuple[Pair, ...]
+    held_out: tuple[Pair, ...]
+    counts: dict[str, int]
+
+
+def select(rows: Iterable[Row], *, held_out: float, too_long: Callable[[Pair], bool] | None = None) -> Selection:
+    """Applies the rule above. `held_out` is a share of prompts (0..1); `too_long` is asked only of rows it would keep.
+
+    `counts["total"]` is the sum of all the other counts.
+    """
+    ordered = sorted(rows, key=lambda row: (row[0].created_at, row[0].id))
+    counts: Counter[str] = Counter(dict.fromkeys(("used", "held_out", *LEFT_OUT), 0))
+    questions: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
+    withdrawn = _withdrawn(ordered)
+    for preference, pair in ordered:
+        reason = _unusable(preference, pair)
+        if reason is not None:
+            counts[reason] += 1
+        elif preference.id in withdrawn:
+            counts["contradictory"] += 1
+        elif pair is not None:
+            low, high = sorted((pair.chosen, pair.rejected))
+            questions[(pair.prompt_hash, low, high)].append(pair)
+    kept: list[Pair] = []
+    for question in questions.values():
+        winner, contradictory, duplicate = _vote(question)
+        counts["contradictory"] += contradictory
+        counts["duplicate"] += duplicate
+        if winner is not None and too_long is not None and too_long(winner):
+            counts["too_long"] += 1
+        elif winner is not None:
+            kept.append(winner)
+    kept.sort(key=lambda pair: (pair.created_at, pair.preference_id))
+    aside = tuple(pair for pair in kept if is_held_out(pair.prompt_hash, held_out))
+    train = tuple(pair for pair in kept if not is_held_out(pair.prompt_hash, held_out))
+    counts["used"], counts["held_out"] = len(train), len(aside)
+    return Selection(train, aside, {"total": len(ordered), **counts})
+
+
+def is_held_out(prompt_hash: str, share: float) -> bool:
+    """Whether this prompt is on the held-out side: its hash read as a number in [0, 1) is below `share`."""
+    digest = hashlib.sha256(f"held-out:{prompt_hash}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+def freeze(selection: Selection, *, job_id: str, created_at: float) -> Snapshot:
+    """The selection as a record. The id covers the job, every row's text and the counts, not the time."""
+    content = {**canonical(selection), "job": job_id}
+    return Snapshot(
+        id=f"snap_{_sha256(content)[:24]}",
+        job_id=job_id,
+        created_at=created_at,
+        train=tuple(pair.preference_id for pair in selection.train),
+        held_out=tuple(pair.preference_id for pair in selection.held_out),
+        counts=dict(selection.counts),
+    )
+
+
+def canonical(selection: Selection) -> Json:
+    """The content that is hashed: preference ids with the digest of their prompt and texts, and the counts."""
+    return {
+        "train": [[pair.preference_id, pair_digest(pair)] for pair in selection.train],
+        "held_out": [[pair.preference_id, pair_digest(pair)] for pair in selection.held_out],
+        "counts": dict(sorted(selection.counts.items())),
+    }
+
+
+def content_hash(selection: Selection) -> str:
+    """SHA-256 of the selection alone: two jobs over the same store content have the same one."""
+    return _sha256(canonical(selection))
+
+
+def pair_digest(pair: Pair) -> str:
+    """SHA-256 of prompt hash, chosen and rejected text."""
+    return _sha256([pair.prompt_hash, pair.chosen, pair.rejected])
+
+
+def _unusable(preference: Preference, pair: Pair | None) -> str | None:
+    if preference.verdict != "chosen":
+        return preference.verdict
+    if pair is None:
+        return "unreadable"
+    if not pair.chosen.strip() or not pair.rejected.strip():
+        return "empty"
+    return "same_text" if pair.chosen.strip() == pair.rejected.strip() else None
+
+
+def _withdrawn(ordered: list[Row]) -> set[str]:
+    """Ids of directed judgements that the same annotator later replaced by a tie or both-bad on the same sides."""
+    newest: dict[tuple[str, frozenset[str]], Preference] = {}
+    for preference, _ in ordered:
+        if preference.annotator is not None:
+            newest[(preference.annotator, _sides(preference))] = preference
+    return {
+        preference.id
+        for preference, _ in ordered
+        if preference.annotator is not None
+        and preference.verdict == "chosen"
+        and newest[(preference.annotator, _sides(preference))].verdict != "chosen"
+    }
+
+
+def _sides(preference: Preference) -> frozenset[str]:
+    sides = (preference.chosen.to_wire(), preference.rejected.to_wire())
+    return frozenset(json.dumps(side, sort_keys=True) for side in sides)
+
+
+def _vote(question: list[Pair]) -> tuple[Pair | None, int, int]:
+    """The pair to keep or None, and how many rows of this question are contradictory and duplicate."""
+    votes: dict[str, Pair] = {}
+    for pair in question:  # oldest first, so the newest judgement of an annotator stays
+        voter = f"annotator:{pair.annotator}" if pair.annotator is not None else f"row:{pair.preference_id}"
+        votes[voter] = pair
+    (best, most), *others = Counter(pair.chosen for pair in votes.values()).most_common()
+    if others and others[0][1] == most:
+        return None, len(question), 0
+    winning = [pair for pair in question if pair.chosen == best]
+    return winning[0], len(question) - len(winning), len(winning) - 1
+
+
+def _sha256(content: object) -> str:
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
