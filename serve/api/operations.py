@@ -40,7 +40,7 @@ class Operations:
         self._settings = settings
 
     async def create_job(self, body: Mapping[str, Any]) -> Json:
-        """Queues a job. Raises InvalidRequest or SettingsError (method, settings, rollout), Conflict (too few pairs)."""
+        """Queues a job. Raises InvalidRequest, SettingsError (both name the field), Conflict (too few pairs)."""
         asked = parse(JobBody, body)
         policy = self._settings.train.policy
         method = one_of("method", asked.method or policy.method, METHODS)

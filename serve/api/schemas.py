@@ -71,7 +71,7 @@ class FeedbackBody(Body):
 
 
 class JobBody(Body):
-    """`POST /noria/v1/jobs`. `settings` is a part of the settings tree under `train`; what is left out is the server's."""
+    """`POST /noria/v1/jobs`. `settings` is a part of the tree under `train`; the rest is as the server has it."""
 
     method: str | None = None
     settings: Json = Field(default_factory=dict)

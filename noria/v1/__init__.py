@@ -1,0 +1,1 @@
+"""Stubs generated from `proto/noria/v1` by `make proto`: the wire's messages and services. Not edited."""
