@@ -8,13 +8,17 @@ Must not import vllm, fastapi or the store.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from noria.errors import Unavailable
+
+SWEEP_S = 0.05  # how often a waiting swap looks for requests that only their readers keep inside
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Trace:
     `version` is None until the gate lets the request in and never changes after. `streaming` says that tokens go
     out as they come. `held` counts admissions: a request with many prompts passes the gate once per prompt.
     `to_end` says that the request keeps one admission until whoever made the trace calls `VersionGate.finish`.
+    `logprobs` asks the engine for the chosen tokens' log-probabilities even where the client did not.
+    `began` is a `time.perf_counter()` in seconds.
     """
 
     request_id: str = ""
@@ -40,6 +46,9 @@ class Trace:
     streaming: bool = False
     held: int = 0
     to_end: bool = False
+    over: bool = False
+    logprobs: bool = False
+    began: float = field(default_factory=time.perf_counter)
 
     @property
     def fingerprint(self) -> str | None:
@@ -65,6 +74,17 @@ class VersionGate:
         self._idle = asyncio.Event()
         self._idle.set()
         self._swap = asyncio.Lock()
+        self._sweepers: list[Callable[[], None]] = []
+        self._listeners: list[Callable[[ServingVersion], None]] = []
+
+    def on_drain(self, sweep: Callable[[], None]) -> None:
+        """Has `sweep` called again and again while a swap waits: it releases requests that the engine has ended
+        but whose readers are slow."""
+        self._sweepers.append(sweep)
+
+    def on_change(self, listener: Callable[[ServingVersion], None]) -> None:
+        """Has `listener` called with each new current version."""
+        self._listeners.append(listener)
 
     @property
     def current(self) -> ServingVersion:
@@ -89,7 +109,7 @@ class VersionGate:
             self._in_flight += 1
             self._idle.clear()
             trace.version = self._current
-            if not trace.streaming:
+            if not (trace.streaming or trace.over):
                 trace.to_end, trace.held = True, 1
         trace.held += 1
         return trace.version or self._current
@@ -104,7 +124,8 @@ class VersionGate:
                     self._idle.set()
 
     def finish(self, trace: Trace) -> None:
-        """The request is over, however it ended: gives back what a non-streaming request kept. Call it once."""
+        """The request is over, however it ended: gives back what a non-streaming request kept."""
+        trace.over = True
         if trace.to_end:
             trace.to_end = False
             self.release(trace)
@@ -119,19 +140,31 @@ class VersionGate:
         async with self._swap:
             self._open.clear()
             try:
-                try:
-                    await asyncio.wait_for(self._idle.wait(), wait_s)
-                except TimeoutError:
+                if not await self._drained(wait_s):
                     raise Unavailable(
                         f"{self._in_flight} requests were still running after {wait_s:g} s; the swap was given up",
                         code="drain_timeout",
-                    ) from None
+                    )
                 yield
             finally:
                 self._open.set()
+
+    async def _drained(self, wait_s: float) -> bool:
+        until = time.monotonic() + wait_s
+        while self._in_flight:
+            for sweep in self._sweepers:
+                sweep()
+            left = until - time.monotonic()
+            if not self._in_flight or left <= 0:
+                break
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), min(left, SWEEP_S))
+        return not self._in_flight
 
     def set_current(self, version: ServingVersion) -> None:
         """Names the version that new requests get. Only inside `exclusive`."""
         if not self.closed or self._in_flight:
             raise RuntimeError("set_current outside of VersionGate.exclusive")
         self._current = version
+        for listener in self._listeners:
+            listener(version)

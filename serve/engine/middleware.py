@@ -1,0 +1,109 @@
+"""The HTTP door: a key where one is asked for, a trace for every request, the version's name on every answer.
+
+Comes in and goes out: ASGI messages. Pure ASGI, so that streams pass untouched. Must not import vllm.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import uuid
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.engine.versions import Trace, VersionGate, current_trace
+
+VERSION_HEADER = b"x-noria-model-version"
+OPEN_PATHS = frozenset({"/health", "/ping", "/live", "/metrics"})  # what a probe or a scraper asks without a key
+ONE_RUN = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages"})  # streams of one engine run each
+
+
+class KeyMiddleware:
+    """Refuses requests without the bearer key. Probes and metrics stay open."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app = app
+        self._expected = f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on, or answers 401 in OpenAI's shape."""
+        if scope["type"] == "http" and scope["method"] != "OPTIONS" and scope["path"] not in OPEN_PATHS:
+            given = Headers(scope=scope).get("authorization", "").encode()
+            if not secrets.compare_digest(given, self._expected):
+                await _refuse(send)
+                return
+        elif scope["type"] == "websocket":
+            given = Headers(scope=scope).get("authorization", "").encode()
+            if not secrets.compare_digest(given, self._expected):
+                await send({"type": "websocket.close", "code": 1008, "reason": "invalid_api_key"})
+                return
+        await self.app(scope, receive, send)
+
+
+class TraceMiddleware:
+    """Gives each POST its `Trace`, and names the version in the answer's header.
+
+    The head of the answer waits for its first piece of body: a stream's head is ready before the gate has let the
+    request in, and only then is the version known.
+    """
+
+    def __init__(self, app: ASGIApp, gate: VersionGate) -> None:
+        self.app = app
+        self._gate = gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Runs the app inside a trace; gives back what the request holds at the gate, however it ends."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        trace = Trace(request_id=uuid.uuid4().hex)
+        token = current_trace.set(trace)
+        try:
+            await self.app(scope, receive, _Answer(scope["path"], trace, self._gate, send))
+        finally:
+            self._gate.finish(trace)
+            current_trace.reset(token)
+
+
+class _Answer:
+    """`send` of one request, with the head held back until the version is known."""
+
+    def __init__(self, path: str, trace: Trace, gate: VersionGate, send: Send) -> None:
+        self._path, self._trace, self._gate, self._send = path, trace, gate, send
+        self._head: Message | None = None
+        self._stream = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._head = message
+            self._stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
+            self._trace.streaming = self._stream and self._path in ONE_RUN
+            return
+        if self._head is not None:
+            if self._is_keep_alive(message):
+                return
+            head, self._head = self._head, None
+            if self._trace.version is not None:
+                head["headers"] = [*head["headers"], (VERSION_HEADER, self._trace.version.id.encode())]
+            if not self._stream:
+                self._gate.finish(self._trace)  # the answer is complete: its reader may be slow
+            await self._send(head)
+        await self._send(message)
+
+    def _is_keep_alive(self, message: Message) -> bool:
+        """A comment sent while the request still waits at the gate would fix the header too early."""
+        return self._stream and self._trace.version is None and message.get("body", b"").startswith(b":")
+
+
+async def _refuse(send: Send) -> None:
+    error = {
+        "message": "The API key is missing or wrong: send it as `Authorization: Bearer KEY`.",
+        "type": "authentication_error",
+        "param": None,
+        "code": "invalid_api_key",
+    }
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+    await send({"type": "http.response.start", "status": 401, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,77 @@
+"""vLLM's engine as the OpenAI handlers see it: the same, but every generation passes the version gate.
+
+Comes in: calls to `AsyncLLM.generate`, with the caller's `Trace` in `current_trace`. Goes out: the engine's outputs,
+unchanged. Swaps, probes and shutdown use the raw engine. Must not import vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from serve.engine.versions import Trace, VersionGate, current_trace
+
+
+class _Stay:
+    """One generation's time inside the gate; it ends once, whoever ends it first."""
+
+    def __init__(self, gate: VersionGate, trace: Trace) -> None:
+        self._gate, self._trace = gate, trace
+        self._inside = True
+        self.begun = False  # the engine has given an output, so it knows the request
+
+    def leave(self) -> None:
+        """Gives the admission back, the first time it is called."""
+        if self._inside:
+            self._inside = False
+            self._gate.release(self._trace)
+
+
+class EngineProxy:
+    """Stands in for an `AsyncLLM`: everything is the engine's own, but `generate` is admitted at the gate first.
+
+    A stay ends with the engine's last output, with the generator, or, while a swap waits, as soon as the engine has
+    ended a request whose reader has not taken the last tokens yet: a slow reader never holds a swap up.
+    """
+
+    def __init__(self, engine: Any, gate: VersionGate) -> None:
+        self._engine = engine
+        self._gate = gate
+        self._stays: dict[str, _Stay] = {}
+        gate.on_drain(self._sweep)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever is not gated is the engine's own."""
+        return getattr(self._engine, name)
+
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        """As `AsyncLLM.generate`, but it begins when the gate lets the request in."""
+        trace = current_trace.get()
+        if trace is None:  # a caller without a door of its own: the generation is the request
+            trace = Trace(request_id=request_id, streaming=True)
+        await self._gate.admit(trace)
+        stay = self._stays[request_id] = _Stay(self._gate, trace)
+        if trace.logprobs and sampling_params.logprobs is None:
+            sampling_params.logprobs = 0  # the chosen token's, and no others
+        outputs = self._engine.generate(prompt, sampling_params, request_id, **options)
+        try:
+            async for output in outputs:
+                stay.begun = True
+                if output.finished:
+                    stay.leave()
+                yield output
+        finally:
+            try:
+                await outputs.aclose()  # tells the engine to abort, where it has not ended
+            finally:
+                stay.leave()
+                if self._stays.get(request_id) is stay:
+                    del self._stays[request_id]
+
+    def _sweep(self) -> None:
+        running = self._engine.output_processor.external_req_ids
+        for request_id, stay in self._stays.items():
+            if stay.begun and not running.get(request_id):
+                stay.leave()
