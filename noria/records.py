@@ -161,6 +161,7 @@ class Snapshot:
     train: tuple[str, ...]  # preference ids
     held_out: tuple[str, ...]
     counts: dict[str, int]  # used, held_out, tie, both_bad, duplicate, contradictory, ...
+    left_out: tuple[str, ...] = ()  # looked at and not used (duplicate, contradictory, ...): they are not "unused" again
 
 
 @dataclass(frozen=True)

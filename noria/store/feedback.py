@@ -1,0 +1,159 @@
+"""Feedback on single choices, and forgetting everything of one end user.
+
+Comes in: ratings, thumbs, edits, comments. Goes out: `Feedback` values; counts of what was forgotten.
+Must not import torch, vllm or fastapi.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, Literal
+
+from sqlalchemy import delete, func, or_, select
+
+from noria.errors import InvalidRequest, NotFound
+from noria.records import Feedback, Json, Side
+from noria.store.completions import Order, Part, delete_all
+from noria.store.preferences import choice_row, insert_preference, page
+from noria.store.tables import choices, completions, feedback, preferences
+
+
+class FeedbackStore(Part):
+    """The store's feedback."""
+
+    def add_feedback(
+        self,
+        completion_id: str,
+        index: int,
+        rating: int | None = None,
+        thumb: Literal["up", "down"] | None = None,
+        edit: str | None = None,
+        comment: str | None = None,
+        annotator: str | None = None,
+    ) -> Feedback:
+        """Records feedback; an edit also becomes a preference (edited over original) in the same transaction.
+
+        Raises NotFound for an unknown completion, InvalidRequest for an index out of range, no content, a rating
+        outside 1..5, another thumb than up or down, or an edit that changes nothing.
+        """
+        _check(rating, thumb, edit, comment)
+        with self._db.write() as conn:
+            if conn.execute(select(completions.c.id).where(completions.c.id == completion_id)).first() is None:
+                message = f"completion_id: no stored completion {completion_id!r}"
+                raise NotFound(message, param="completion_id", code="completion_not_found")
+            original = choice_row(conn, completion_id, index, "index")
+            preference_id = None
+            now = self._now()
+            if edit is not None:
+                if edit == original.text:
+                    raise InvalidRequest("edit is the same text as the answer", param="edit", code="same_answer")
+                sides = Side(text=edit), Side(completion_id=completion_id, index=index)
+                made, _ = insert_preference(self._db, conn, now, *sides, "chosen", annotator, comment, "edit")
+                preference_id = made.id
+            said = Feedback(
+                id="fb_" + secrets.token_hex(12),
+                created_at=now,
+                completion_id=completion_id,
+                index=index,
+                rating=rating,
+                thumb=thumb,
+                edit=edit,
+                comment=comment,
+                annotator=annotator,
+                preference_id=preference_id,
+            )
+            conn.execute(feedback.insert(), vars(said))
+        return said
+
+    def get_feedback(self, id_: str) -> Feedback:
+        """One feedback. Raises NotFound."""
+        with self._db.read() as conn:
+            row = conn.execute(select(feedback).where(feedback.c.id == id_)).first()
+        if row is None:
+            raise _unknown(id_)
+        return _feedback(row)
+
+    def list_feedback(
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 20,
+        order: Order = "desc",
+        completion_id: str | None = None,
+        annotator: str | None = None,
+    ) -> list[Feedback]:
+        """A page in the order of recording, `after` the feedback of that id (NotFound where it is unknown)."""
+        query = select(feedback)
+        if completion_id is not None:
+            query = query.where(feedback.c.completion_id == completion_id)
+        if annotator is not None:
+            query = query.where(feedback.c.annotator == annotator)
+        with self._db.read() as conn:
+            return [_feedback(row) for row in conn.execute(page(conn, query, feedback, after, limit, order))]
+
+    def delete_feedback(self, id_: str) -> None:
+        """Deletes feedback, and the preference that its edit made unless other feedback made it too."""
+        with self._db.write() as conn:
+            gone = delete(feedback).where(feedback.c.id == id_).returning(feedback.c.preference_id)
+            row = conn.execute(gone).first()
+            if row is None:
+                raise _unknown(id_)
+            if row.preference_id is not None:
+                others = select(feedback.c.id).where(feedback.c.preference_id == row.preference_id)
+                if conn.execute(others).first() is None:
+                    mine = preferences.c.id == row.preference_id, preferences.c.source == "edit"
+                    conn.execute(delete(preferences).where(*mine))
+
+    def forget_end_user(self, user: str) -> Json:
+        """Deletes all that came from one end user: completions, all that hangs on them, and what the user judged.
+
+        Returns counts (`completions`, `choices`, `preferences`, `feedback`) and `images`: the sha256 of images that
+        nothing refers to any more, for the caller to delete from the blobs.
+        """
+        with self._db.write() as conn:
+            ids = list(conn.execute(select(completions.c.id).where(completions.c.end_user == user)).scalars())
+            theirs = select(completions.c.id).where(completions.c.end_user == user).scalar_subquery()
+            n_choices = _count(conn, choices, choices.c.completion_id.in_(theirs))
+            opinions = conn.execute(
+                delete(feedback).where(or_(feedback.c.annotator == user, feedback.c.completion_id.in_(theirs)))
+            ).rowcount
+            judged = conn.execute(
+                delete(preferences).where(
+                    or_(
+                        preferences.c.annotator == user,
+                        preferences.c.chosen_completion_id.in_(theirs),
+                        preferences.c.rejected_completion_id.in_(theirs),
+                    )
+                )
+            ).rowcount
+            images = delete_all(conn, ids) or []
+        return {
+            "completions": len(ids),
+            "choices": n_choices,
+            "preferences": judged,
+            "feedback": opinions,
+            "images": images,
+        }
+
+
+def _count(conn: Any, table: Any, condition: Any) -> int:
+    return int(conn.execute(select(func.count()).select_from(table).where(condition)).scalar_one())
+
+
+def _check(rating: int | None, thumb: str | None, edit: str | None, comment: str | None) -> None:
+    if rating is None and thumb is None and edit is None and comment is None:
+        raise InvalidRequest("feedback needs at least one of rating, thumb, edit, comment", param="rating")
+    if rating is not None and not 1 <= rating <= 5:
+        raise InvalidRequest(f"rating={rating} is out of range: 1 to 5", param="rating")
+    if thumb not in (None, "up", "down"):
+        raise InvalidRequest(f"thumb is {thumb!r}; it must be up or down", param="thumb")
+    if edit is not None and not edit.strip():
+        raise InvalidRequest("edit is empty", param="edit")
+
+
+def _feedback(row: Any) -> Feedback:
+    return Feedback(**{key: value for key, value in row._mapping.items() if key != "seq"})
+
+
+def _unknown(id_: str) -> NotFound:
+    return NotFound(f"no feedback {id_!r}", param="feedback_id")
