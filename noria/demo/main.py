@@ -115,7 +115,7 @@ def _answers(client: OpenAI, questions: Sequence[Question], seed: int, console: 
 
 
 def _collect(client: OpenAI, noria: NoriaClient, console: Console) -> tuple[int, int]:
-    """Asks and judges until there are enough preferences; returns how many were recorded and how many questions asked."""
+    """Asks and judges until there are enough preferences; returns the numbers of preferences and of questions."""
     recorded = asked = 0
     for turn in range(MOST_ROUNDS):
         with _progress(console) as progress:
