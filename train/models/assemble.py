@@ -1,0 +1,168 @@
+"""Puts the embedded model's master together: a LLaVA of SmolLM2, a small CLIP tower and an MLP aligner.
+
+Comes in: the GGUF of SmolLM2-135M-Instruct. Goes out: a complete checkpoint folder in bfloat16, in the hub's spelling.
+Tower and aligner are random until they are trained, and the same on every machine: each tensor's numbers come from a
+generator seeded with its name. The aligner's output is scaled to the size of word embeddings, so that a picture that
+means nothing yet does not drown the words around it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from noria.records import Json
+from train.export.checkpoint import NewTensor, write_file
+from train.export.gptq_format import to_new
+from train.models.chatml import CHAT_TEMPLATE, build_tokenizer
+from train.models.gguf_llama import GgufLlama, LlamaSizes
+
+if TYPE_CHECKING:
+    import torch
+
+PICTURE_SIZE, PATCH_SIZE, TOWER_WIDTH, TOWER_LAYERS, TOWER_HEADS = 96, 16, 192, 6, 3
+PATCHES = (PICTURE_SIZE // PATCH_SIZE) ** 2
+_VOCAB_MULTIPLE = 64
+_END_ID, _START_ID, _TURN_END_ID = 0, 1, 2  # the ids of the three tokens in SmolLM2's vocabulary
+_TOWER = "vision_tower.vision_model."
+
+
+def assemble(gguf: Path, out: Path, progress: Callable[[float], None]) -> None:
+    """Writes the checkpoint into the existing folder `out`; `progress` goes from 0 to 1."""
+    import torch
+
+    source = GgufLlama(gguf)
+    sizes = source.sizes
+    vocab = -(-(sizes.vocab + 1) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    tensors: list[NewTensor] = []
+    embedding_std = 0.0
+    count = 2 + 9 * sizes.layers
+    for done, (name, values) in enumerate(source.tensors(), start=1):
+        weight = torch.from_numpy(values.copy())  # the reader maps the file read-only
+        if name == "embed_tokens.weight":
+            embedding_std = float(weight.std())
+            weight = _with_new_rows(weight, vocab)
+        tensors.append(to_new(f"language_model.model.{name}", weight.to(torch.bfloat16)))
+        progress(0.9 * done / count)
+    for name, shape, std in _random_shapes(sizes.hidden, embedding_std):
+        tensors.append(to_new(name, _random(name, shape, std).to(torch.bfloat16)))
+    write_file(out / "model.safetensors", sorted(tensors, key=lambda tensor: tensor.name))
+    _write_json(out / "config.json", _config(sizes, vocab))
+    _write_json(out / "generation_config.json", _generation_config())
+    _write_processor(out, source)
+    progress(1.0)
+
+
+def _with_new_rows(weight: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Rows for `<image>` and the padding: the mean embedding, which the tied output layer never ranks high."""
+    import torch
+
+    return torch.cat([weight, weight.mean(0, keepdim=True).expand(vocab - weight.shape[0], -1)])
+
+
+def _random_shapes(hidden: int, embedding_std: float) -> list[tuple[str, tuple[int, ...], float]]:
+    """Every tensor of tower and aligner: name, shape and standard deviation (0 for biases, -1 for ones)."""
+    width, inner = TOWER_WIDTH, 4 * TOWER_WIDTH
+    rows: list[tuple[str, tuple[int, ...], float]] = [
+        (_TOWER + "embeddings.class_embedding", (width,), 1.0),
+        (_TOWER + "embeddings.patch_embedding.weight", (width, 3, PATCH_SIZE, PATCH_SIZE), (3 * PATCH_SIZE**2) ** -0.5),
+        (_TOWER + "embeddings.position_embedding.weight", (PATCHES + 1, width), 0.2),
+    ]
+    norms = [_TOWER + "pre_layrnorm", _TOWER + "post_layernorm"]
+    linears: list[tuple[str, int, int, float]] = []
+    for layer in range(TOWER_LAYERS):
+        prefix = f"{_TOWER}encoder.layers.{layer}."
+        norms += [prefix + "layer_norm1", prefix + "layer_norm2"]
+        linears += [(f"{prefix}self_attn.{side}_proj", width, width, width**-0.5) for side in ("q", "k", "v", "out")]
+        linears += [(prefix + "mlp.fc1", inner, width, width**-0.5), (prefix + "mlp.fc2", width, inner, inner**-0.5)]
+    linears.append(("multi_modal_projector.linear_1", hidden, TOWER_WIDTH, TOWER_WIDTH**-0.5))
+    linears.append(("multi_modal_projector.linear_2", hidden, hidden, embedding_std * hidden**-0.5))
+    for norm in norms:
+        rows += [(norm + ".weight", (width,), -1.0), (norm + ".bias", (width,), 0.0)]
+    for name, outputs, inputs, std in linears:
+        rows += [(name + ".weight", (outputs, inputs), std), (name + ".bias", (outputs,), 0.0)]
+    return rows
+
+
+def _random(name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
+    import torch
+
+    if std < 0:
+        return torch.ones(shape)
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std
+
+
+def _config(sizes: LlamaSizes, vocab: int) -> Json:
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "dtype": "bfloat16",
+        "image_token_index": sizes.vocab,
+        "image_seq_length": PATCHES,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": True,
+        "text_config": _text_config(sizes, vocab),
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": TOWER_WIDTH,
+            "intermediate_size": 4 * TOWER_WIDTH,
+            "num_hidden_layers": TOWER_LAYERS,
+            "num_attention_heads": TOWER_HEADS,
+            "image_size": PICTURE_SIZE,
+            "patch_size": PATCH_SIZE,
+            "projection_dim": TOWER_WIDTH,
+            "hidden_act": "gelu",
+        },
+    }
+
+
+def _text_config(sizes: LlamaSizes, vocab: int) -> Json:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.intermediate,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.hidden // sizes.heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": sizes.context,
+        "rms_norm_eps": sizes.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": sizes.rope_theta},
+        "tie_word_embeddings": True,
+        "vocab_size": vocab,
+        "bos_token_id": _START_ID,
+        "eos_token_id": _TURN_END_ID,
+        "pad_token_id": _END_ID,
+    }
+
+
+def _generation_config() -> Json:
+    return {"bos_token_id": _START_ID, "eos_token_id": [_TURN_END_ID, _END_ID], "pad_token_id": _END_ID}
+
+
+def _write_processor(out: Path, source: GgufLlama) -> None:
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    size = {"height": PICTURE_SIZE, "width": PICTURE_SIZE}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False, do_convert_rgb=True),
+        tokenizer=build_tokenizer(source.tokens, source.merges, source.special, source.sizes.context),
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    processor.save_pretrained(out)
+
+
+def _write_json(path: Path, value: Json) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
