@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,14 +21,19 @@ STOP_S = 60
 
 
 @contextmanager
-def running_system(home: Path, *, log: Path, console: Console) -> Iterator[str]:
+def running_system(
+    home: Path, *, log: Path, console: Console, model: str | None = None, settings: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """Runs `noria up` and yields its URL once it serves; its output goes to `log`.
+
+    `model` is a checkpoint, the embedded one when none is given; `settings` are more `NORIA_*` variables.
 
     Raises Unavailable with the log's last lines when it ends early or does not serve within 25 minutes.
     """
     home.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "noria", "up", "--http-port", "0", "--grpc-port", "0"]
-    environment = {**os.environ, "NORIA_HOME": str(home), "NORIA_TRAIN__POLICY__AUTOMATIC": "false"}
+    command += ["--model", model] if model else []
+    environment = {**os.environ, "NORIA_HOME": str(home), "NORIA_TRAIN__POLICY__AUTOMATIC": "false", **(settings or {})}
     with log.open("ab") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment)  # noqa: S603 - our own command
     try:
