@@ -161,7 +161,7 @@ class Snapshot:
     train: tuple[str, ...]  # preference ids
     held_out: tuple[str, ...]
     counts: dict[str, int]  # used, held_out, tie, both_bad, duplicate, contradictory, ...
-    left_out: tuple[str, ...] = ()  # looked at and not used (duplicate, contradictory, ...): they are not "unused" again
+    left_out: tuple[str, ...] = ()  # looked at and not used (duplicates, ...): not "unused" any more
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,8 @@ class Job:
 
     def to_wire(self) -> Json:
         """DESIGN's job shape; leases and hand-overs stay inside."""
-        keys = "id method state stage progress metrics version error created_at started_at finished_at".split()
+        keys = ("id", "method", "state", "stage", "progress", "metrics", "version", "error")
+        keys += ("created_at", "started_at", "finished_at")
         more = {k: getattr(self, k) for k in ("settings", "rollout", "attempt", "reason", "cancel_requested")}
         return {"object": "job", **{k: getattr(self, k) for k in keys}, **more}
 

@@ -204,7 +204,7 @@ def _look_up(conn: Connection, side: Side, name: str) -> _Answer:
     return _Answer(side, row.text, json.dumps(row.message.get("tool_calls") or "", sort_keys=True), prompt_hash)
 
 
-def choice_row(conn: Connection, completion_id: str, index: int | None, param: str) -> Row[Any]:
+def choice_row(conn: Connection, completion_id: str, index: int | None, param: str) -> Any:
     """The text and message of one choice. Raises InvalidRequest, naming `param` and both numbers."""
     if index is None:
         raise InvalidRequest(f"{param} is missing: which choice of {completion_id!r} is meant?", param=param)
