@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import typing
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from noria.errors import Conflict, InvalidRequest
@@ -81,12 +81,12 @@ class Operations:
             await asyncio.to_thread(self._store.request_cancel, job_id)
         return await self.get_job(job_id)
 
-    async def watch_job(self, job_id: str, after: int = 0) -> AsyncIterator[Json]:
+    async def watch_job(self, job_id: str, after: int = 0) -> AsyncGenerator[Json, None]:
         """The job's events with `seq` above `after`, as they come, until it has ended. Raises NotFound at once."""
         await asyncio.to_thread(self._store.get_job, job_id)
         return self._events(job_id, after)
 
-    async def _events(self, job_id: str, after: int) -> AsyncIterator[Json]:
+    async def _events(self, job_id: str, after: int) -> AsyncGenerator[Json, None]:
         while True:
             job: Job = await asyncio.to_thread(self._store.get_job, job_id)  # before its events: none is then missed
             for event in await asyncio.to_thread(self._store.events, job_id, after):
@@ -100,8 +100,7 @@ class Operations:
         """A page of versions, newest first."""
         page = parse(Page, query)
         rows = await asyncio.to_thread(self._store.list_versions)
-        newest_first = sorted(rows, key=lambda version: version.created_at, reverse=True)
-        return cut([row.to_wire() for row in newest_first], page)
+        return cut([row.to_wire() for row in reversed(rows)], page)
 
     async def get_version(self, version_id: str) -> Json:
         """One version, with what its manifest says beside the table's row. Raises NotFound."""
@@ -176,12 +175,15 @@ class Operations:
         return rollout.to_wire()
 
     async def _enough_pairs(self, train: TrainSettings) -> None:
-        judged = await asyncio.to_thread(self._store.training_pairs)
+        unused = train.preferences == "unused"
+        judged = await asyncio.to_thread(self._store.training_pairs, exclude_used=unused)
         pairs = sum(pair is not None for _, pair in judged)
         if pairs < train.min_pairs:
+            kind = "unused training pairs" if unused else "training pairs"
+            more = 'settings.preferences="all", ' if unused else ""
             raise Conflict(
-                f"{pairs} training pairs are stored and a job needs at least {train.min_pairs} (train.min_pairs): "
-                "record more preferences, or lower settings.min_pairs for this job",
+                f"{pairs} {kind} are stored and a job needs at least {train.min_pairs} (train.min_pairs): record more "
+                f"preferences, or ask with {more}a lower settings.min_pairs",
                 param="settings.min_pairs",
                 code="too_few_preferences",
             )

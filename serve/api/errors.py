@@ -1,0 +1,63 @@
+"""Errors on HTTP: every NoriaError, and every body that does not validate, as OpenAI's API shapes them.
+
+Comes in: exceptions of the `/noria/v1` routes. Goes out: `NoriaRoute`, a route class that answers them itself, so that
+the routes behave alike in a bare FastAPI application and inside vLLM's, which has exception handlers of its own.
+Must not import vllm or grpc.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+
+from noria.errors import NoriaError, Unauthenticated, openai_body, wire_of
+from serve.api.schemas import invalid
+
+log = logging.getLogger(__name__)
+
+
+def error_response(error: NoriaError) -> JSONResponse:
+    """The error with the status that the table gives it."""
+    return JSONResponse(openai_body(error), status_code=wire_of(error).http_status)
+
+
+class NoriaRoute(APIRoute):
+    """A route that turns what its handler raises into OpenAI-shaped answers."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wraps FastAPI's handler."""
+        handler = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except NoriaError as error:
+                return error_response(error)
+            except RequestValidationError as error:
+                return error_response(invalid(error.errors()))
+            except Exception as error:
+                log.exception("request_failed", extra={"path": request.url.path})
+                return error_response(internal(error))
+
+        return answer
+
+
+def internal(error: Exception) -> NoriaError:
+    """What a caller learns of a bug: its kind, not its text."""
+    return NoriaError(f"internal error ({type(error).__name__}); the server's log has it")
+
+
+def check_key(expected: str | None, header: str | None) -> None:
+    """Compares an `Authorization: Bearer KEY` header in constant time. Raises Unauthenticated."""
+    if expected is None:
+        return
+    scheme, _, key = (header or "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), expected.encode()):
+        raise Unauthenticated("a bearer key is needed: send `Authorization: Bearer KEY` with server.api_key as KEY")

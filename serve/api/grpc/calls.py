@@ -1,0 +1,69 @@
+"""What every gRPC call shares: errors from the one table, the version in the metadata, the bearer key.
+
+Comes in: a call's context. Goes out: a status with OpenAI's error object in the trailing metadata.
+Must not import vllm or fastapi.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from noria.errors import NoriaError, Unauthenticated, openai_body, wire_of
+from serve.api.errors import check_key, internal
+
+ERROR_KEY = "noria-error-bin"
+VERSION_KEY = "x-noria-model-version"
+OPEN_METHODS = ("/grpc.health.v1.Health/",)  # probes carry no key, as GET /health carries none
+
+log = logging.getLogger(__name__)
+
+
+async def abort(context: Any, error: NoriaError) -> None:
+    """Ends the call with the error's status."""
+    details = json.dumps(openai_body(error)).encode()
+    code = grpc.StatusCode[wire_of(error).grpc_status]
+    await context.abort(code, error.message, trailing_metadata=((ERROR_KEY, details),))
+
+
+@asynccontextmanager
+async def answering(context: Any, method: str) -> AsyncIterator[None]:
+    """Around a call's work: whatever it raises becomes a status."""
+    try:
+        yield
+    except grpc.aio.AbortError:
+        raise
+    except NoriaError as error:
+        await abort(context, error)
+    except Exception as error:
+        log.exception("call_failed", extra={"method": method})
+        await abort(context, internal(error))
+
+
+class KeyInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses calls that do not carry `authorization: Bearer KEY`."""
+
+    def __init__(self, api_key: str) -> None:
+        self._api_key = api_key
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        """Lets the call through, or answers it with UNAUTHENTICATED."""
+        header = dict(details.invocation_metadata).get("authorization")
+        try:
+            if not details.method.startswith(OPEN_METHODS):
+                check_key(self._api_key, header)
+        except Unauthenticated as error:
+            return _refusal(error)
+        return await continuation(details)
+
+
+def _refusal(error: NoriaError) -> Any:
+    async def refuse(request: Any, context: Any) -> None:
+        await abort(context, error)
+
+    return grpc.unary_unary_rpc_method_handler(refuse)

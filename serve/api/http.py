@@ -1,0 +1,198 @@
+"""`/noria/v1/*` on HTTP: a FastAPI router over the handlers.
+
+Comes in: `Handlers`. Goes out: an APIRouter for vLLM's application or a bare one. Bodies go to the handlers as they
+are, so that both wires validate in one place. Must not import vllm or grpc.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from noria.errors import InvalidRequest
+from noria.records import Json
+from serve.api.errors import NoriaRoute, check_key
+from serve.api.handlers import Handlers
+from serve.api.operations import ENDED
+
+KEEP_ALIVE_S = 15.0
+
+
+def build_router(handlers: Handlers) -> APIRouter:
+    """All routes under `/noria/v1`; they ask for the bearer key when the settings have one."""
+
+    def guard(request: Request) -> None:
+        check_key(handlers.api_key, request.headers.get("authorization"))
+
+    router = APIRouter(prefix="/noria/v1", route_class=NoriaRoute, dependencies=[Depends(guard)], tags=["noria"])
+    _add_judgements(router, handlers)
+    _add_jobs(router, handlers)
+    _add_versions(router, handlers)
+    return router
+
+
+def _add_judgements(router: APIRouter, handlers: Handlers) -> None:
+    @router.post("/preferences", status_code=201)
+    async def record_preference(request: Request) -> JSONResponse:
+        """Stores a preference: 201, or 200 with the earlier one when the annotator said the same before."""
+        preference, created = await handlers.record_preference(await body_of(request))
+        return JSONResponse(preference, status_code=201 if created else 200)
+
+    @router.get("/preferences")
+    async def list_preferences(request: Request) -> Json:
+        """A page of preferences."""
+        return await handlers.list_preferences(dict(request.query_params))
+
+    @router.get("/preferences/{preference_id}")
+    async def get_preference(preference_id: str) -> Json:
+        """One preference."""
+        return await handlers.get_preference(preference_id)
+
+    @router.delete("/preferences/{preference_id}")
+    async def delete_preference(preference_id: str) -> Json:
+        """Deletes a preference."""
+        return await handlers.delete_preference(preference_id)
+
+    @router.post("/feedback", status_code=201)
+    async def record_feedback(request: Request) -> JSONResponse:
+        """Stores feedback on one choice."""
+        return JSONResponse(await handlers.record_feedback(await body_of(request)), status_code=201)
+
+    @router.get("/feedback")
+    async def list_feedback(request: Request) -> Json:
+        """A page of feedback."""
+        return await handlers.list_feedback(dict(request.query_params))
+
+    @router.delete("/feedback/{feedback_id}")
+    async def delete_feedback(feedback_id: str) -> Json:
+        """Deletes a feedback."""
+        return await handlers.delete_feedback(feedback_id)
+
+    @router.delete("/end_users/{user:path}")
+    async def forget_end_user(user: str) -> Json:
+        """Deletes everything that one end user left."""
+        return await handlers.forget_end_user(user)
+
+
+def _add_jobs(router: APIRouter, handlers: Handlers) -> None:
+    @router.post("/jobs", status_code=202)
+    async def create_job(request: Request) -> JSONResponse:
+        """Queues a job."""
+        return JSONResponse(await handlers.create_job(await body_of(request)), status_code=202)
+
+    @router.get("/jobs")
+    async def list_jobs(request: Request) -> Json:
+        """A page of jobs."""
+        return await handlers.list_jobs(dict(request.query_params))
+
+    @router.get("/jobs/{job_id}")
+    async def get_job(job_id: str) -> Json:
+        """One job."""
+        return await handlers.get_job(job_id)
+
+    @router.post("/jobs/{job_id}/cancel")
+    async def cancel_job(job_id: str) -> Json:
+        """Asks a job to stop."""
+        return await handlers.cancel_job(job_id)
+
+    @router.get("/jobs/{job_id}/events")
+    async def watch_job(job_id: str, request: Request) -> Response:
+        """The job's events as server-sent events; 204 when it has ended and the caller has seen them all."""
+        after = last_event_id(request)
+        ended = (await handlers.get_job(job_id))["state"] in ENDED
+        events = await handlers.watch_job(job_id, after)
+        first = await anext(events, None) if ended else None
+        if ended and first is None:
+            return Response(status_code=204)  # tells an EventSource not to come back
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return StreamingResponse(server_sent(first, events), media_type="text/event-stream", headers=headers)
+
+
+def _add_versions(router: APIRouter, handlers: Handlers) -> None:
+    @router.get("/versions")
+    async def list_versions(request: Request) -> Json:
+        """A page of versions."""
+        return await handlers.list_versions(dict(request.query_params))
+
+    @router.get("/versions/{version_id}")
+    async def get_version(version_id: str) -> Json:
+        """One version with its manifest."""
+        return await handlers.get_version(version_id)
+
+    @router.post("/rollouts", status_code=202)
+    async def create_rollout(request: Request) -> JSONResponse:
+        """Asks for a version to go live."""
+        return JSONResponse(await handlers.create_rollout(await body_of(request)), status_code=202)
+
+    @router.get("/rollouts")
+    async def list_rollouts(request: Request) -> Json:
+        """A page of rollouts."""
+        return await handlers.list_rollouts(dict(request.query_params))
+
+    @router.get("/rollouts/{rollout_id}")
+    async def get_rollout(rollout_id: str) -> Json:
+        """One rollout."""
+        return await handlers.get_rollout(rollout_id)
+
+    @router.post("/rollback", status_code=202)
+    async def rollback() -> JSONResponse:
+        """Asks for the version that was live before."""
+        return JSONResponse(await handlers.rollback(), status_code=202)
+
+    @router.get("/status")
+    async def status() -> Json:
+        """How things stand."""
+        return await handlers.status()
+
+
+async def body_of(request: Request) -> Any:
+    """The JSON body; an empty one is `{}`. Raises InvalidRequest when it is not JSON."""
+    raw = await request.body()
+    if not raw.strip():
+        return {}
+    try:
+        return json.loads(raw)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body is not JSON: {error}", param="body") from error
+
+
+def last_event_id(request: Request) -> int:
+    """Where a broken stream goes on: the `Last-Event-ID` header, or `?after=`. Raises InvalidRequest."""
+    text = request.headers.get("last-event-id") or request.query_params.get("after") or "0"
+    if not text.isdecimal():
+        raise InvalidRequest(f"Last-Event-ID: {text!r} is not the id of an event", param="Last-Event-ID")
+    return int(text)
+
+
+async def server_sent(first: Json | None, events: AsyncIterator[Json]) -> AsyncIterator[str]:
+    """Each event as `id`, `event` and `data` lines; a comment now and then keeps proxies from closing the line."""
+    if first is not None:
+        yield event_text(first)
+    pending = asyncio.ensure_future(_next(events))
+    try:
+        while True:
+            done, _ = await asyncio.wait({pending}, timeout=KEEP_ALIVE_S)
+            if not done:
+                yield ": keep-alive\n\n"
+                continue
+            event = pending.result()
+            if event is None:
+                return
+            yield event_text(event)
+            pending = asyncio.ensure_future(_next(events))
+    finally:
+        pending.cancel()  # ends the handler's generator too, at its next await
+
+
+async def _next(events: AsyncIterator[Json]) -> Json | None:
+    return await anext(events, None)
+
+
+def event_text(event: Json) -> str:
+    """One event in the form of the HTML standard's server-sent events."""
+    return f"id: {event['seq']}\nevent: {event['kind']}\ndata: {json.dumps(event)}\n\n"
