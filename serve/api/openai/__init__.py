@@ -1,0 +1,1 @@
+"""What OpenAI's API has and vLLM's server has not: stored chat completions."""

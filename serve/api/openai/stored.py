@@ -1,0 +1,139 @@
+"""OpenAI's stored chat completions over the store.
+
+Comes in: GET, POST and DELETE under `/v1/chat/completions`. Goes out: OpenAI's schema and paging. An answer just given
+is there: the routes wait for its commit first. Must not import vllm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, cast
+
+from fastapi import APIRouter, Request
+
+from noria.blobs import Blobs
+from noria.errors import InvalidRequest, NotFound
+from noria.records import Completion, Json
+from noria.store import Store
+from serve.api.errors import NoriaRoute
+from serve.api.openai.shapes import completion_object, page, store_messages
+from serve.capture.chat import metadata_fault
+
+METADATA = re.compile(r"metadata\[(.+)\]")
+LARGEST_PAGE = 100
+
+
+class Flushes(Protocol):
+    """What this module needs of the capture queue."""
+
+    async def flush(self, completion_id: str | None = None) -> None:
+        """Returns when that completion, or all, is committed or dropped."""
+
+
+def build_stored_router(store: Store, blobs: Blobs, capture: Flushes) -> APIRouter:
+    """The five routes, for vLLM's application."""
+    router = APIRouter(prefix="/v1/chat/completions", route_class=NoriaRoute, tags=["stored completions"])
+
+    @router.get("")
+    async def list_completions(request: Request) -> Json:
+        """A page of stored completions, filtered by model and metadata."""
+        query = request.query_params
+        limit, order = paging(query)
+        await capture.flush()
+        found = await asyncio.to_thread(
+            store.list_completions,
+            after=query.get("after"),
+            limit=limit + 1,
+            order=order,
+            metadata=metadata_filter(query) or None,
+            model=query.get("model"),
+        )
+        return page([completion_object(one) for one in found], limit)
+
+    @router.get("/{completion_id}")
+    async def get_completion(completion_id: str) -> Json:
+        """One stored completion."""
+        return completion_object(await _read(store, capture, completion_id))
+
+    @router.post("/{completion_id}")
+    async def update_completion(completion_id: str, request: Request) -> Json:
+        """Replaces the metadata; nothing else can be changed."""
+        metadata = await _metadata_of(request)
+        await capture.flush(completion_id)
+        return completion_object(await asyncio.to_thread(store.set_completion_metadata, completion_id, metadata))
+
+    @router.delete("/{completion_id}")
+    async def delete_completion(completion_id: str) -> Json:
+        """Deletes one."""
+        await capture.flush(completion_id)
+        await asyncio.to_thread(store.delete_completion, completion_id)
+        return {"object": "chat.completion.deleted", "id": completion_id, "deleted": True}
+
+    @router.get("/{completion_id}/messages")
+    async def list_messages(completion_id: str, request: Request) -> Json:
+        """A page of the messages that the request held, pictures as data URLs."""
+        limit, order = paging(request.query_params)
+        completion = await _read(store, capture, completion_id)
+        return await asyncio.to_thread(
+            messages_page, completion, blobs, request.query_params.get("after"), limit, order
+        )
+
+    return router
+
+
+def messages_page(completion: Completion, blobs: Blobs, after: str | None, limit: int, order: str) -> Json:
+    """One page of the messages. Raises NotFound where `after` names none of them."""
+    types = {image.sha256: image.media_type for image in completion.images}
+
+    def picture(sha256: str) -> str | None:
+        try:
+            data = blobs.get(sha256)
+        except NotFound:
+            return None
+        return f"data:{types.get(sha256, 'application/octet-stream')};base64,{base64.b64encode(data).decode()}"
+
+    messages = store_messages(completion, picture)
+    if order == "desc":
+        messages.reverse()
+    if after is not None:
+        places = [index for index, message in enumerate(messages) if message["id"] == after]
+        if not places:
+            raise NotFound(f"no message {after!r} in completion {completion.id!r}", param="after")
+        messages = messages[places[0] + 1 :]
+    return page(messages, limit)
+
+
+def paging(query: Mapping[str, str]) -> tuple[int, Literal["asc", "desc"]]:
+    """`limit` (1 to 100, 20 unless told) and `order` (asc unless told). Raises InvalidRequest."""
+    limit, order = query.get("limit", "20"), query.get("order", "asc")
+    if not limit.isdecimal() or not 1 <= int(limit) <= LARGEST_PAGE:
+        raise InvalidRequest(f"limit={limit!r} is not a number from 1 to {LARGEST_PAGE}", param="limit")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest(f"order={order!r} is neither 'asc' nor 'desc'", param="order")
+    return int(limit), cast(Literal["asc", "desc"], order)
+
+
+def metadata_filter(query: Mapping[str, str]) -> dict[str, str]:
+    """The pairs of `metadata[key]=value` in a query string."""
+    return {match[1]: value for key, value in query.items() if (match := METADATA.fullmatch(key))}
+
+
+async def _read(store: Store, capture: Flushes, completion_id: str) -> Completion:
+    await capture.flush(completion_id)
+    return await asyncio.to_thread(store.get_completion, completion_id)
+
+
+async def _metadata_of(request: Request) -> dict[str, str]:
+    try:
+        body: Any = await request.json()
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not JSON: {error}", param="body") from error
+    if not isinstance(body, dict) or "metadata" not in body:
+        raise InvalidRequest("the body must be an object with `metadata`", param="metadata")
+    wrong = metadata_fault(body["metadata"])
+    if wrong is not None:
+        raise InvalidRequest(wrong[1], param=wrong[0])
+    return body["metadata"] or {}
