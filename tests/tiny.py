@@ -19,7 +19,24 @@ from typing import Any
 
 IMAGE_TOKEN = "<image>"  # noqa: S105  a token of the vocabulary, no secret
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>", IMAGE_TOKEN)
-WORDS = tuple("the a of to in is and red green blue square circle big small yes no left right one two".split())
+WORDS = (
+    "the",
+    "a",
+    "of",
+    "to",
+    "in",
+    "is",
+    "and",
+    "red",
+    "green",
+    "blue",
+    "square",
+    "circle",
+    "big",
+    "small",
+    "yes",
+    "no",
+)
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
