@@ -33,7 +33,7 @@ rules: $(STAMP)
 	$(BIN)/python -m tests.checks.documented
 
 proto-fresh: $(STAMP)
-	$(BIN)/python -m tests.checks.proto
+	$(BIN)/python proto/generate.py --check
 
 docs-fresh: $(STAMP)
 	$(BIN)/python -m tests.checks.papers --check
@@ -52,7 +52,7 @@ docs: $(STAMP) ## write docs/cli.md and docs/settings.md from the code
 	$(BIN)/python -m tests.checks.papers
 
 proto: $(STAMP) ## write noria/v1 from proto/noria/v1
-	$(BIN)/python -m tests.checks.proto --write
+	$(BIN)/python proto/generate.py
 
 clean: ## remove caches and the demo's output, not .venv
 	rm -rf build dist demo-out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

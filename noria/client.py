@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 
@@ -20,6 +21,7 @@ from noria.records import Json
 ENDED = frozenset({"succeeded", "failed", "cancelled"})
 ROLLED_OUT = frozenset({"succeeded", "failed"})
 RECONNECTS = 20
+PAGE = 100  # the most rows that the server gives at once
 
 
 class NoriaClient:
@@ -57,7 +59,7 @@ class NoriaClient:
         return self._call("GET", "/noria/v1/status")
 
     def versions(self) -> list[Json]:
-        """All versions."""
+        """All versions, newest first."""
         return self._list("/noria/v1/versions")
 
     def version(self, version: str) -> Json:
@@ -66,7 +68,7 @@ class NoriaClient:
 
     def create_rollout(self, version: str, *, strategy: str = "direct", percent: int | None = None) -> Json:
         """Asks for a version to go live; returns the rollout, which has yet to run."""
-        body = {"version": version, "strategy": strategy, "percent": percent}
+        body = {"version": version, "strategy": strategy} | ({} if percent is None else {"percent": percent})
         return self._call("POST", "/noria/v1/rollouts", body)
 
     def rollouts(self) -> list[Json]:
@@ -92,15 +94,18 @@ class NoriaClient:
         return self._call("POST", "/noria/v1/rollback", {})
 
     def create_job(
-        self, *, method: str = "dpo", settings: Mapping[str, Any] | None = None, rollout: str = "direct"
+        self, *, method: str | None = None, settings: Mapping[str, Any] | None = None, rollout: str | None = None
     ) -> Json:
-        """Asks for a training job; `settings` is a partial tree under `train`, like `{"dpo": {"beta": 0.2}}`."""
+        """Asks for a training job; `settings` is a partial tree under `train`, like `{"dpo": {"beta": 0.2}}`.
+
+        A method or rollout that is not named is the server's `train.policy`.
+        """
         body = {"method": method, "settings": dict(settings or {}), "rollout": rollout}
-        return self._call("POST", "/noria/v1/jobs", body)
+        return self._call("POST", "/noria/v1/jobs", {key: value for key, value in body.items() if value is not None})
 
     def jobs(self, *, limit: int = 20) -> list[Json]:
-        """Jobs, newest first."""
-        return self._list("/noria/v1/jobs", limit=limit)
+        """The newest jobs, newest first."""
+        return self._list("/noria/v1/jobs", limit)
 
     def job(self, job_id: str) -> Json:
         """One job."""
@@ -129,9 +134,9 @@ class NoriaClient:
                     raise
             time.sleep(0.2 if failures == 0 else 1.0)
 
-    def preferences(self, *, limit: int = 20, after: str | None = None, order: str = "desc") -> list[Json]:
-        """A page of preferences, newest first."""
-        return self._list("/noria/v1/preferences", limit=limit, after=after, order=order)
+    def preferences(self, *, limit: int = 20, order: str = "desc") -> list[Json]:
+        """The newest preferences, newest first; the oldest, oldest first, with order `asc`."""
+        return self._list("/noria/v1/preferences", limit, order=order)
 
     def record_preference(
         self,
@@ -154,13 +159,17 @@ class NoriaClient:
         """Records feedback on one choice: `rating`, `thumb`, `edit`, `comment`, `annotator`."""
         return self._call("POST", "/noria/v1/feedback", {"completion_id": completion_id, "index": index, **said})
 
-    def feedback(self, *, limit: int = 20, after: str | None = None) -> list[Json]:
-        """A page of feedback, newest first."""
-        return self._list("/noria/v1/feedback", limit=limit, after=after)
+    def feedback(self, *, limit: int = 20) -> list[Json]:
+        """The newest feedback, newest first."""
+        return self._list("/noria/v1/feedback", limit)
 
     def delete_feedback(self, feedback_id: str) -> Json:
         """Deletes one feedback."""
         return self._call("DELETE", f"/noria/v1/feedback/{feedback_id}")
+
+    def forget_end_user(self, user: str) -> Json:
+        """Deletes everything that one end user left; returns how much of each."""
+        return self._call("DELETE", f"/noria/v1/end_users/{quote(user)}")
 
     def _call(self, method: str, path: str, body: Json | None = None, **query: Any) -> Json:
         params = {key: value for key, value in query.items() if value is not None}
@@ -170,8 +179,16 @@ class NoriaClient:
             raise self._unreachable(error) from error
         return _json_or_raise(response)
 
-    def _list(self, path: str, **query: Any) -> list[Json]:
-        return list(self._call("GET", path, **query)["data"])
+    def _list(self, path: str, limit: int | None = None, **query: Any) -> list[Json]:
+        """The first `limit` rows, or all, over as many pages as it takes."""
+        rows: list[Json] = []
+        while limit is None or len(rows) < limit:
+            size = PAGE if limit is None else min(PAGE, limit - len(rows))
+            page = self._call("GET", path, limit=size, after=rows[-1]["id"] if rows else None, **query)
+            rows += page["data"]
+            if not page.get("has_more") or not page["data"]:
+                break
+        return rows
 
     def _events(self, path: str, after: int) -> Iterator[Json]:
         timeout = httpx.Timeout(30.0, read=120.0)
@@ -193,7 +210,7 @@ class NoriaClient:
 
 
 def _server_sent(lines: Iterator[str]) -> Iterator[Json]:
-    """The JSON of each event of a `text/event-stream` (WHATWG HTML, section 9.2); comments and `[DONE]` are passed by."""
+    """The JSON of each event of a `text/event-stream` (WHATWG HTML, 9.2), without comments and `[DONE]`."""
     data: list[str] = []
     for line in lines:
         if line.startswith("data:"):
@@ -225,6 +242,6 @@ def error_of(status: int, body: Any) -> NoriaError:
     rows = [cls for cls, wire in WIRE.items() if wire.openai_type == said.get("type")]
     rows = rows or [cls for cls, wire in WIRE.items() if wire.http_status == status]
     rows = rows or [Unavailable if status in (502, 504) else NoriaError]
-    # Two classes may share a row's words; the code tells them apart, and without it the server's own settings are not at fault.
+    # Two classes may share a row's words: the code tells them apart. Without one, settings are the least likely.
     rows.sort(key=lambda cls: (cls.code != code, cls is SettingsError))
     return rows[0](message, param=param, code=str(code) if code else None)

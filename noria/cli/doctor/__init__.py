@@ -1,0 +1,1 @@
+"""`noria doctor`: proves that the installation can serve and train, or says what to do."""

@@ -1,0 +1,131 @@
+"""`noria status` and `noria why`: what runs, and why training has or has not started.
+
+Comes in: the wire's status, jobs and rollouts. Goes out: lines for people, or JSON.
+Must not import the store: these commands ask the server.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from noria.cli.context import AsJson, place, print_fields, print_json, short, when
+from noria.records import Json
+
+app = typer.Typer()
+
+LEFT_OUT = ("tie", "both_bad", "duplicate", "contradictory", "too_long", "unresolved", "missing", "used_before")
+IN_USE = ("used", "train", "training_pairs", "held_out", "held_out_pairs")
+
+
+@app.command(epilog="Example: noria status --json")
+def status(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """What is live, what was judged, and what the trainer does."""
+    with place(ctx).client() as client:
+        told = client.status()
+    if as_json:
+        print_json(told)
+        return
+    fields: dict[str, object] = {
+        "live": told["live"],
+        "serving": told["serving"],
+        "previous": told["previous"],
+        "preferences": _preferences(told["preferences"]),
+        "trainer": _trainer(told["trainer"], told["job"]),
+        "job": _job(told["job"]),
+    }
+    if "capture" in told:
+        fields["captured"] = f"{told.get('completions', 0)} completions, {told['capture'].get('dropped', 0)} dropped"
+    print_fields(fields)
+
+
+@app.command(epilog="Example: noria why")
+def why(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """Why training has or has not started, what the last snapshot left out, what the last rollout did."""
+    with place(ctx).client() as client:
+        told, jobs, rollouts = client.status(), client.jobs(limit=1), client.rollouts()[:1]
+    reasons = explain(told, jobs[0] if jobs else None, rollouts[0] if rollouts else None)
+    if as_json:
+        print_json(reasons)
+    else:
+        print_fields({name: part["text"] for name, part in reasons.items()})
+
+
+def explain(told: Json, job: Json | None, rollout: Json | None) -> dict[str, Json]:
+    """The reasons, each with a `text` for people and the figures it was made of."""
+    counts, trainer, running = told["preferences"], told["trainer"], told["job"]
+    if running:
+        training = f"runs: {_job(running)}, asked for by {running.get('reason', 'an operator')}"
+    elif not trainer["alive"]:
+        training = "has not started: no trainer runs; start one with `noria up` or `noria train`"
+    else:
+        training = f"has not started: {trainer.get('idle_reason') or 'the trainer looks for work'}"
+    parts: dict[str, Json] = {
+        "training": {"text": training, "alive": trainer["alive"], "idle_reason": trainer.get("idle_reason")},
+        "preferences": {"text": _preferences(counts), **counts},
+    }
+    if job is not None:
+        snapshot = snapshot_counts(job)
+        parts["last job"] = {"text": _ended(job), "id": job["id"], "state": job["state"], "error": job.get("error")}
+        parts["its snapshot"] = {"text": _snapshot(snapshot), "counts": snapshot}
+    if rollout is not None:
+        parts["last rollout"] = {"text": _rollout(rollout), "rollout": rollout}
+    return parts
+
+
+def snapshot_counts(job: Json) -> dict[str, int]:
+    """How many preferences the job's snapshot used and left out, from the job's metrics."""
+    metrics = job.get("metrics") or {}
+    nested = metrics.get("snapshot")
+    source = nested if isinstance(nested, dict) else metrics
+    known = (*IN_USE, *LEFT_OUT)
+    return {
+        key: int(value)
+        for key, value in source.items()
+        if isinstance(value, int) and not isinstance(value, bool) and (source is nested or key in known)
+    }
+
+
+def _snapshot(counts: dict[str, int]) -> str:
+    if not counts:
+        return "not taken yet"
+    used = ", ".join(f"{count} {name}" for name, count in counts.items() if name in IN_USE)
+    left = ", ".join(f"{count} {name}" for name, count in counts.items() if name not in IN_USE and count)
+    return f"{used or 'nothing used'}; left out: {left or 'none'}"
+
+
+def _preferences(counts: Json) -> str:
+    return f"{counts['unused']} unused of {counts['total']}; {counts['needed']} unused start a job"
+
+
+def _trainer(trainer: Json, job: Json | None) -> str:
+    if not trainer["alive"]:
+        return "not running"
+    return "works" if job else f"idle: {trainer.get('idle_reason') or 'looks for work'}"
+
+
+def _job(job: Json | None) -> str | None:
+    if job is None:
+        return None
+    return f"{job['id']} {job['state']}, stage {job['stage']}, {100 * job['progress']:.0f} %"
+
+
+def _ended(job: Json) -> str:
+    text = f"{job['id']} {job['state']}"
+    if job.get("version"):
+        text += f", made {job['version']}"
+    error: Any = job.get("error")
+    if error:
+        text += f" at stage {job['stage']}: {error.get('message', error) if isinstance(error, dict) else error}"
+    return text
+
+
+def _rollout(rollout: Json) -> str:
+    text = f"{rollout['version']} {rollout['state']}"
+    if rollout.get("finished_at"):
+        text += f" at {when(rollout['finished_at'])}"
+    if rollout.get("reason"):
+        return f"{text}: {rollout['reason']}"
+    measured = short(rollout.get("metrics") or {}, ("validate_s", "drain_s", "pause_s", "reload_s"))
+    return f"{text} ({measured})" if measured else text

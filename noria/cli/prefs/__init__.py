@@ -1,0 +1,1 @@
+"""`noria prefs`: the preferences of a home, counted, listed, carried elsewhere, forgotten."""
