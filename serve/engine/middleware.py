@@ -5,13 +5,13 @@ Comes in and goes out: ASGI messages. Pure ASGI, so that streams pass untouched.
 
 from __future__ import annotations
 
-import json
-import secrets
 import uuid
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from noria.errors import NoriaError
+from serve.api.errors import check_key, error_response
 from serve.engine.versions import Trace, VersionGate, current_trace
 
 VERSION_HEADER = b"x-noria-model-version"
@@ -24,20 +24,22 @@ class KeyMiddleware:
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app = app
-        self._expected = f"Bearer {key}".encode()
+        self._key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, or answers 401 in OpenAI's shape."""
-        if scope["type"] == "http" and scope["method"] != "OPTIONS" and scope["path"] not in OPEN_PATHS:
-            given = Headers(scope=scope).get("authorization", "").encode()
-            if not secrets.compare_digest(given, self._expected):
-                await _refuse(send)
-                return
-        elif scope["type"] == "websocket":
-            given = Headers(scope=scope).get("authorization", "").encode()
-            if not secrets.compare_digest(given, self._expected):
-                await send({"type": "websocket.close", "code": 1008, "reason": "invalid_api_key"})
-                return
+        guarded = scope["type"] == "websocket" or (
+            scope["type"] == "http" and scope["method"] != "OPTIONS" and scope["path"] not in OPEN_PATHS
+        )
+        try:
+            if guarded:
+                check_key(self._key, Headers(scope=scope).get("authorization"))
+        except NoriaError as error:
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008, "reason": error.code})
+            else:
+                await error_response(error)(scope, receive, send)
+            return
         await self.app(scope, receive, send)
 
 
@@ -94,16 +96,3 @@ class _Answer:
     def _is_keep_alive(self, message: Message) -> bool:
         """A comment sent while the request still waits at the gate would fix the header too early."""
         return self._stream and self._trace.version is None and message.get("body", b"").startswith(b":")
-
-
-async def _refuse(send: Send) -> None:
-    error = {
-        "message": "The API key is missing or wrong: send it as `Authorization: Bearer KEY`.",
-        "type": "authentication_error",
-        "param": None,
-        "code": "invalid_api_key",
-    }
-    body = json.dumps({"error": error}).encode()
-    headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
-    await send({"type": "http.response.start", "status": 401, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
