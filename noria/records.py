@@ -191,8 +191,8 @@ class Job:
 
     def to_wire(self) -> Json:
         """DESIGN's job shape; leases and hand-overs stay inside."""
-        keys = ("id", "method", "state", "stage", "progress", "metrics", "version", "error")
-        keys += ("created_at", "started_at", "finished_at")
+        keys = ["id", "method", "state", "stage", "progress", "metrics", "version", "error"]
+        keys += ["created_at", "started_at", "finished_at"]
         more = {k: getattr(self, k) for k in ("settings", "rollout", "attempt", "reason", "cancel_requested")}
         return {"object": "job", **{k: getattr(self, k) for k in keys}, **more}
 

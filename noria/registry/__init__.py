@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from noria.blobs import sync_folder
@@ -127,14 +127,9 @@ class Registry:
         added = []
         with self._locked():
             known = {version.id for version in self._store.list_versions()}
-            for id_ in self._folders():
-                if id_ in known:
-                    continue
-                try:
-                    self._insert(self.manifest(id_))
-                    added.append(id_)
-                except IntegrityError as error:
-                    _log.warning("version_unreadable", extra={"version": id_, "error": error.message})
+            for id_, manifest in self._without_row(known):
+                self._insert(manifest)
+                added.append(id_)
             self._remove_stale(stale_s)
         return added
 
@@ -170,15 +165,27 @@ class Registry:
         self._store.add_version(manifest.record(), manifest.sha256())
 
     def _published_by(self, job: str | None) -> Manifest | None:
-        """The folders are asked, not the rows: a crash may have come between the two."""
+        """Rows first, then the folders without a row: a crash may have come between the two."""
         if job is None:
             return None
-        for id_ in self._folders():
-            manifest = self.manifest(id_)
+        rows = {version.id: version.job for version in self._store.list_versions()}
+        for id_, made_by in rows.items():
+            if made_by == job:
+                return self.manifest(id_)
+        for id_, manifest in self._without_row(set(rows)):
             if manifest.job == job:
                 self._insert(manifest)
+                _log.info("version_reconciled", extra={"version": id_})
                 return manifest
         return None
+
+    def _without_row(self, known: set[str]) -> Iterator[tuple[str, Manifest]]:
+        for id_ in self._folders():
+            if id_ not in known:
+                try:
+                    yield id_, self.manifest(id_)
+                except IntegrityError as error:
+                    _log.warning("version_unreadable", extra={"version": id_, "error": error.message})
 
     def _folders(self) -> list[str]:
         found = [path.name for path in self._dir.iterdir() if _VERSION.fullmatch(path.name) and path.is_dir()]
@@ -211,4 +218,9 @@ def _number(id_: str) -> int:
 
 def _newest_change(folder: Path) -> float:
     """A job may write deep inside its staging for hours: the newest change anywhere in it counts."""
-    return max(Path(where).stat().st_mtime for where, _, _ in os.walk(folder))
+    newest = 0.0
+    for where, _, names in os.walk(folder):
+        for path in (Path(where), *(Path(where, name) for name in names)):
+            with suppress(FileNotFoundError):  # its job renames files meanwhile
+                newest = max(newest, path.lstat().st_mtime)
+    return newest
