@@ -76,6 +76,7 @@ class VersionGate:
         self._swap = asyncio.Lock()
         self._sweepers: list[Callable[[], None]] = []
         self._listeners: list[Callable[[ServingVersion], None]] = []
+        self._failure: str | None = None
 
     def on_drain(self, sweep: Callable[[], None]) -> None:
         """Has `sweep` called again and again while a swap waits: it releases requests that the engine has ended
@@ -101,10 +102,23 @@ class VersionGate:
         """True while a swap has the gate closed; new requests wait."""
         return not self._open.is_set()
 
+    def fail(self, message: str) -> None:
+        """Turns everybody away from now on with Unavailable, those who wait too: the engine holds no whole version.
+
+        There is no way back; the process ends, and its supervisor starts one on the live version.
+        """
+        self._failure = message
+        self._open.set()
+
     async def admit(self, trace: Trace) -> ServingVersion:
-        """Waits until the gate is open, then binds the trace to the current version. Pair it with `release`."""
+        """Waits until the gate is open, then binds the trace to the current version. Pair it with `release`.
+
+        Raises Unavailable (code `engine_failed`) after `fail`.
+        """
         while not trace.held and not self._open.is_set():
             await self._open.wait()
+        if self._failure is not None and not trace.held:
+            raise Unavailable(self._failure, code="engine_failed")
         if not trace.held:
             self._in_flight += 1
             self._idle.clear()
