@@ -57,6 +57,21 @@ class PreferenceStore(Part):
         with self._db.write() as conn:
             return insert_preference(self._db, conn, self._now(), chosen, rejected, verdict, annotator, comment, source)
 
+    def import_preference(self, preference: Preference) -> bool:
+        """Takes in a preference that another store exported; its id and time stay. False when that id is here already.
+
+        Raises what add_preference raises.
+        """
+        chosen, rejected = preference.chosen, preference.rejected
+        with self._db.write() as conn:
+            if conn.execute(select(preferences.c.id).where(preferences.c.id == preference.id)).first() is not None:
+                return False
+            _lock_completions(self._db, conn, chosen, rejected)
+            first, second = _look_up(conn, chosen, "chosen"), _look_up(conn, rejected, "rejected")
+            _check(first, second, preference.verdict)
+            conn.execute(preferences.insert(), _row(preference, _pair_key(chosen, rejected)))
+            return True
+
     def get_preference(self, id_: str) -> Preference:
         """One preference. Raises NotFound."""
         with self._db.read() as conn:
