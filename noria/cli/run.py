@@ -111,7 +111,7 @@ def _up(here: Place, settings: Any, model: str | None, as_json: bool) -> int:
     take_in = _taking_in(here, model)
     if take_in is not None:
         say("no model yet: " + ("the embedded one is built" if take_in[-1] == "embedded" else f"{model} is taken in"))
-        builder = Child("builder", [sys.executable, "-m", "train", *take_in], environment)
+        builder = Child("builder", python_m("train", take_in), environment)
         status = run_once(builder, stop, stop_s=30.0)
         if stop.asked:
             return 0
@@ -120,8 +120,8 @@ def _up(here: Place, settings: Any, model: str | None, as_json: bool) -> int:
         model = None
     ports = {"host": settings.server.host, "http_port": settings.server.http_port}
     flags = _flags(**ports, grpc_port=settings.server.grpc_port, model=model)
-    server = Child("server", [sys.executable, "-m", "serve", *flags], environment)
-    trainer = Child("trainer", [sys.executable, "-m", "train"], environment)
+    server = Child("server", python_m("serve", flags), environment)
+    trainer = Child("trainer", python_m("train", []), environment)
     announce = _Announcer(server, settings.home, as_json)
     return Supervisor(
         [server, trainer], stop, stop_s=settings.server.shutdown_s + 40.0, tell=say, watch=announce.look
@@ -207,7 +207,12 @@ def _become(here: Place, module: str, arguments: list[str]) -> NoReturn:
     """Replaces this process by `python -m MODULE`: signals and the exit status are then its own."""
     here.settings()  # a wrong setting is said here, in one line
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], _environment(here))  # noqa: S606 - ours
+    os.execve(sys.executable, python_m(module, arguments), _environment(here))  # noqa: S606 - ours
+
+
+def python_m(module: str, arguments: list[str]) -> list[str]:
+    """The command that runs one of our modules. -P: folders named `serve` or `train` where the user stands are not it."""
+    return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def _environment(here: Place) -> dict[str, str]:

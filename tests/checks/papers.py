@@ -1,0 +1,153 @@
+"""`docs/cli.md` and `docs/settings.md`, made from the command line and the settings tree.
+
+`python -m tests.checks.papers` writes them; with `--check` it writes nothing and exits 1 when they are stale.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from noria.errors import WIRE
+from noria.settings import Settings
+from tests.checks.documented import commands
+
+MADE = "<!-- made by `make docs`; do not edit -->"
+
+
+def cli_page() -> str:
+    """Every command with its example, arguments and options."""
+    lines = ["# The command line", "", MADE, ""]
+    lines += [
+        "Global options stand before the command: `noria --home DIR status`. `--home` is also `NORIA_HOME` (default "
+        "`~/.noria`), `--url` is also `NORIA_URL` (default: where the home's own server says it is, else "
+        "`http://127.0.0.1:8000`). Errors are one line on standard error.",
+        "",
+    ]
+    for name, command in commands():
+        lines += [
+            f"## noria {name}",
+            "",
+            _text(command.help),
+            "",
+            "```",
+            command.epilog.removeprefix("Example: "),
+            "```",
+            "",
+        ]
+        rows = [row for param in command.params if param.name != "help" for row in _param(param)]
+        lines += [*rows, ""] if rows else []
+    return "\n".join([*lines, *_exits()]).rstrip() + "\n"
+
+
+def settings_page() -> str:
+    """Every setting with its default and doc."""
+    lines = ["# Settings", "", MADE, ""]
+    lines += [
+        "Flags win over `NORIA_*` environment variables, which win over `noria.toml` in the home. Environment names "
+        "nest with two underscores: `NORIA_SERVER__HTTP_PORT=9000` is `http_port` under `[server]`. Unknown keys are "
+        "refused. `noria config show` prints what is in force.",
+        "",
+    ]
+    return "\n".join([*lines, *_section(Settings, "")]).rstrip() + "\n"
+
+
+def _section(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    plain = {name: field for name, field in model.model_fields.items() if not _is_section(field)}
+    yield f"## [{prefix.rstrip('.')}]" if prefix else "## At the top"
+    yield from ("", _text(model.__doc__), "")
+    if plain:
+        yield from ("| key | type | default | |", "|---|---|---|---|")
+        yield from (
+            f"| `{name}` | {_type(field)} | {_default(field)} | {_cell(field.description)} |"
+            for name, field in plain.items()
+        )
+        yield ""
+    for name, field in model.model_fields.items():
+        if _is_section(field):
+            yield from _section(typing.cast(type[BaseModel], field.annotation), f"{prefix}{name}.")
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _type(field: FieldInfo) -> str:
+    kinds = [kind for kind in typing.get_args(field.annotation) if kind is not type(None)] or [field.annotation]
+    if typing.get_origin(field.annotation) is typing.Literal:
+        return " or ".join(f"`{json.dumps(kind)}`" for kind in kinds)
+    if typing.get_origin(field.annotation) is tuple:
+        return "list of texts"
+    names = {
+        "str": "text",
+        "int": "integer",
+        "float": "number",
+        "bool": "boolean",
+        "Path": "path",
+        "SecretStr": "secret",
+    }
+    bounds = [
+        f"{word} {getattr(one, key)}" for one in field.metadata for key, word in BOUNDS.items() if hasattr(one, key)
+    ]
+    return ", ".join([" or ".join(names.get(getattr(kind, "__name__", ""), str(kind)) for kind in kinds), *bounds])
+
+
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is None or field.default is PydanticUndefined:
+        return "none"
+    return f"`{json.dumps(field.default, default=str)}`"
+
+
+def _param(param: Any) -> Iterator[str]:
+    # A flag's name is its long option; an argument's is what the usage line shows.
+    name = param.opts[-1] if param.param_type_name == "option" else str(param.metavar or param.name).upper()
+    note = "" if not param.required else " Required."
+    yield f"- `{name}`: {_text(param.help)}{note}"
+
+
+def _exits() -> Iterator[str]:
+    yield from ("## Exit status", "", "| status | when |", "|---|---|", "| 0 | all went well |")
+    by_code: dict[int, list[str]] = {}
+    for error, wire in WIRE.items():
+        by_code.setdefault(wire.exit_code, []).append(_text(error.__doc__))
+    yield from (f"| {code} | {_cell('; '.join(docs))} |" for code, docs in sorted(by_code.items()))
+    yield "| 130 | Ctrl-C |"
+
+
+def _text(doc: str | None) -> str:
+    return " ".join((doc or "").split("\n\n")[0].split())
+
+
+def _cell(doc: str | None) -> str:
+    return _text(doc).replace("|", "\\|")
+
+
+def main() -> int:
+    """Writes the pages, or with `--check` says which are stale."""
+    pages = {Path("docs/cli.md"): cli_page(), Path("docs/settings.md"): settings_page()}
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
+    if "--check" in sys.argv[1:]:
+        print(
+            "\n".join(f"{path} is stale: run `make docs`" for path in stale)
+            or "papers: docs/cli.md and settings.md are fresh"
+        )
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(pages[path])
+        print(f"{path} written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
