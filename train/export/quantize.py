@@ -1,0 +1,211 @@
+"""Writes the GPTQ checkpoint that the engine serves.
+
+Comes in: a merged full-precision checkpoint, the source it descends from, calibration conversations. Goes out: a folder
+with the source's own files and tensor names in which each quantised linear's `.weight` has become four tensors and
+every other byte is as it was; `config.json` says so in `quantization_config`.
+The solver is gptqmodel's GPTQ; its loader, its layer loop and its saver are not used: they know neither llava nor the
+names under which the source spells its tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from noria.errors import IntegrityError, TrainingError, UnsupportedModel
+from noria.modules import Architecture, architecture_of
+from noria.records import Json
+from noria.settings import QuantizeSettings
+from train.export.checkpoint import (
+    NewTensor,
+    TensorEntry,
+    copy_side_files,
+    fsync_tree,
+    group_hash,
+    rewrite,
+    tensor_index,
+)
+from train.export.layers import QuantisedLinear, quantise_layers
+from train.export.rendering import CalibrationSample, encode
+
+FROZEN = ("vision_tower", "aligner")
+_LINEAR_MULTIPLE = 32  # vLLM's CPU kernel takes no other sizes
+_FLOATS = {"F32": "float16", "F16": "float16", "BF16": "bfloat16"}  # stored dtype -> dtype of the scales
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What quantisation did. `frozen` maps tower and aligner to the hash of their tensors; `quantization` is the format.
+
+    `mean_loss` is GPTQ's squared output error per sample, averaged over linears.
+    """
+
+    frozen: dict[str, str]
+    quantization: Json
+    linears: int
+    samples: int
+    samples_skipped: int
+    tokens: int
+    mean_loss: float
+    seconds: float
+
+
+def quantize(
+    merged: Path,
+    source: Path,
+    calibration: list[CalibrationSample],
+    out: Path,
+    settings: QuantizeSettings,
+    progress: Callable[[float], None],
+) -> QuantizeReport:
+    """Quantises the language model's linears of `merged` into `out`, which must not exist.
+
+    Raises UnsupportedModel for a linear whose sizes the kernels cannot take, IntegrityError when `merged` changed tower
+    or aligner against `source`, TrainingError when no calibration sample fits or the solver finds no finite solution.
+    """
+    started = time.monotonic()
+    arch = architecture_of(json.loads((merged / "config.json").read_text()))
+    index = tensor_index(merged)
+    frozen = _frozen_hashes(arch, index, tensor_index(source))
+    model = load_model(merged)
+    linears = [name.removesuffix(".weight") for name in arch.lm_linears([n for n, _ in model.named_parameters()], "hf")]
+    names = {linear: arch.to_checkpoint(f"{linear}.weight", index).removesuffix(".weight") for linear in linears}
+    _check_sizes(names.values(), index, settings)
+    inputs = _inputs(model, merged, calibration, settings)
+    scale_dtype = _scale_dtype(names.values(), index)
+    solved: dict[str, QuantisedLinear] = {}
+    for linear in quantise_layers(model, linears, inputs, settings, scale_dtype, lambda share: progress(0.95 * share)):
+        solved[names[linear.name]] = linear
+    del model
+    quantization = _quantization_config(arch, settings)
+    _write(merged, out, solved, quantization)
+    progress(1.0)
+    return QuantizeReport(
+        frozen=frozen,
+        quantization=quantization,
+        linears=len(solved),
+        samples=len(inputs),
+        samples_skipped=len(calibration) - len(inputs),
+        tokens=sum(int(one["input_ids"].shape[1]) for one in inputs),
+        mean_loss=sum(linear.loss for linear in solved.values()) / len(solved),
+        seconds=time.monotonic() - started,
+    )
+
+
+def load_model(folder: Path, dtype: str | None = None) -> Any:
+    """The checkpoint in transformers, on the GPU where there is one (stored dtype), else on the CPU (float32)."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    on_gpu = torch.cuda.is_available()
+    wanted = dtype or ("auto" if on_gpu else "float32")
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=wanted, trust_remote_code=False)
+    return model.to("cuda" if on_gpu else "cpu").eval()
+
+
+def load_processor(folder: Path) -> Any:
+    """The checkpoint's processor."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+
+
+def to_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Inputs on the model's device, pictures in its dtype."""
+    return {
+        name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+        for name, value in inputs.items()
+    }
+
+
+def _frozen_hashes(
+    arch: Architecture, merged: Mapping[str, TensorEntry], source: Mapping[str, TensorEntry]
+) -> dict[str, str]:
+    hashes = {}
+    for module in FROZEN:
+        names = arch.partition(merged, spelling="checkpoint")[module]
+        hashes[module] = group_hash(dict(merged), names)
+        if hashes[module] != group_hash(dict(source), arch.partition(source, spelling="checkpoint")[module]):
+            raise IntegrityError(f"the merged model's {module} is not that of its source, although it is frozen")
+    return hashes
+
+
+def _check_sizes(linears: Any, index: Mapping[str, TensorEntry], settings: QuantizeSettings) -> None:
+    for linear in linears:
+        entry = index[f"{linear}.weight"]
+        outputs, inputs = entry.shape
+        if entry.dtype not in _FLOATS:
+            raise UnsupportedModel(f"{entry.name} is {entry.dtype}; full precision is needed to quantise it")
+        if inputs % settings.group_size or inputs % _LINEAR_MULTIPLE or outputs % _LINEAR_MULTIPLE:
+            raise UnsupportedModel(
+                f"{entry.name} is {outputs}x{inputs}: its inputs must be a multiple of train.quantize.group_size="
+                f"{settings.group_size} and both sizes of {_LINEAR_MULTIPLE}",
+                param="train.quantize.group_size",
+            )
+
+
+def _inputs(
+    model: Any, folder: Path, calibration: list[CalibrationSample], settings: QuantizeSettings
+) -> list[dict[str, Any]]:
+    processor = load_processor(folder)
+    encoded = (encode(processor, sample, settings.calibration_tokens) for sample in calibration)
+    inputs = [to_device(one, model) for one in encoded if one is not None]
+    if not inputs:
+        raise TrainingError(
+            f"none of {len(calibration)} calibration conversations fits in train.quantize.calibration_tokens="
+            f"{settings.calibration_tokens}",
+            param="train.quantize.calibration_tokens",
+        )
+    return inputs
+
+
+def _scale_dtype(linears: Any, index: Mapping[str, TensorEntry]) -> Any:
+    import torch
+
+    dtypes = {_FLOATS[index[f"{linear}.weight"].dtype] for linear in linears}
+    return torch.bfloat16 if dtypes == {"bfloat16"} else torch.float16
+
+
+def _quantization_config(arch: Architecture, settings: QuantizeSettings) -> Json:
+    """What vLLM, transformers and gptqmodel read. `dynamic` keeps loaders away from tower, aligner and output layer.
+
+    vLLM finds the quantised linears by their tensors (its `modules_in_block_to_quantize` matches substrings, so that
+    a name like `self_attn.q_proj` would also hit the tower's; it is left out for that reason).
+    """
+    skipped = [prefix.rstrip(".") for module in FROZEN for prefix in arch.frozen_prefixes(module)]
+    return {
+        "quant_method": "gptq",
+        "bits": settings.bits,
+        "group_size": settings.group_size,
+        "sym": True,
+        "desc_act": False,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        "damp_percent": settings.damp,
+        "dynamic": {f"-:^{re.escape(prefix)}\\.": {} for prefix in sorted(set(skipped))},
+        "meta": {"quantizer": [f"gptqmodel:{version('gptqmodel')}"]},
+    }
+
+
+def _write(merged: Path, out: Path, solved: Mapping[str, QuantisedLinear], quantization: Json) -> None:
+    staging = out.with_name(out.name + ".tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    copy_side_files(merged, staging)
+    config = json.loads((merged / "config.json").read_text())
+    (staging / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}, indent=2) + "\n")
+
+    def replace(entry: TensorEntry) -> list[NewTensor] | None:
+        linear = solved.get(entry.name.removesuffix(".weight"))
+        return None if linear is None else linear.packed.tensors(entry.name.removesuffix(".weight"))
+
+    rewrite(merged, staging, replace)
+    fsync_tree(staging)
+    staging.rename(out)
