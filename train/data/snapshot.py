@@ -31,10 +31,14 @@ LEFT_OUT = ("tie", "both_bad", "unreadable", "empty", "same_text", "contradictor
 
 @dataclass(frozen=True)
 class Selection:
-    """What the rule kept, oldest first. `counts` has `total`, `used`, `held_out` and one entry per LEFT_OUT reason."""
+    """What the rule kept, oldest first, and the ids of the rest.
+
+    `counts` has `total`, `used`, `held_out` and one entry per LEFT_OUT reason.
+    """
 
     train: tuple[Pair, ...]
     held_out: tuple[Pair, ...]
+    left_out: tuple[str, ...]
     counts: dict[str, int]
 
 
@@ -69,7 +73,9 @@ def select(rows: Iterable[Row], *, held_out: float, too_long: Callable[[Pair], b
     aside = tuple(pair for pair in kept if is_held_out(pair.prompt_hash, held_out))
     train = tuple(pair for pair in kept if not is_held_out(pair.prompt_hash, held_out))
     counts["used"], counts["held_out"] = len(train), len(aside)
-    return Selection(train, aside, {"total": len(ordered), **counts})
+    ids = {pair.preference_id for pair in kept}
+    rest = tuple(preference.id for preference, _ in ordered if preference.id not in ids)
+    return Selection(train, aside, rest, {"total": len(ordered), **counts})
 
 
 def is_held_out(prompt_hash: str, share: float) -> bool:
@@ -79,29 +85,30 @@ def is_held_out(prompt_hash: str, share: float) -> bool:
 
 
 def freeze(selection: Selection, *, job_id: str, created_at: float) -> Snapshot:
-    """The selection as a record. The id covers the job, every row's text and the counts, not the time."""
-    content = {**canonical(selection), "job": job_id}
+    """The selection as a record. The id is its content: the same store content gives the same id, whatever the job."""
     return Snapshot(
-        id=f"snap_{_sha256(content)[:24]}",
+        id=f"snap_{content_hash(selection)[:24]}",
         job_id=job_id,
         created_at=created_at,
         train=tuple(pair.preference_id for pair in selection.train),
         held_out=tuple(pair.preference_id for pair in selection.held_out),
         counts=dict(selection.counts),
+        left_out=selection.left_out,
     )
 
 
 def canonical(selection: Selection) -> Json:
-    """The content that is hashed: preference ids with the digest of their prompt and texts, and the counts."""
+    """The content that is hashed: kept ids with the digest of their prompt and texts, the other ids, the counts."""
     return {
         "train": [[pair.preference_id, pair_digest(pair)] for pair in selection.train],
         "held_out": [[pair.preference_id, pair_digest(pair)] for pair in selection.held_out],
+        "left_out": sorted(selection.left_out),
         "counts": dict(sorted(selection.counts.items())),
     }
 
 
 def content_hash(selection: Selection) -> str:
-    """SHA-256 of the selection alone: two jobs over the same store content have the same one."""
+    """SHA-256 over every kept row's id and texts, and the counts."""
     return _sha256(canonical(selection))
 
 

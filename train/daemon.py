@@ -1,0 +1,169 @@
+"""The trainer daemon: waits for the policy or an operator, runs one job at a time, stops in order.
+
+Comes in: settings. Goes out: jobs that end, heartbeats, and why it is idle, in plain words.
+torch and what imports it are loaded when a job is claimed, not before: a waiting trainer is small.
+Must not import `serve`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from noria.blobs import Blobs
+from noria.errors import NoriaError, SettingsError
+from noria.records import Job
+from noria.registry import Registry
+from noria.settings import Settings, override_train
+from noria.store import Store
+from train.data.snapshot import select
+from train.heartbeat import Heartbeat
+from train.log import EventLog
+from train.policy import Decision, Facts, check_window, decide
+
+AUTOMATIC = ("min_preferences", "window")
+POLICY_EVERY_S = 2.0
+RunJob = Callable[["Trainer", Job], str]
+
+
+class Trainer:
+    """One trainer process over one store and registry. `run` returns when `stopping` is set."""
+
+    def __init__(
+        self, settings: Settings, store: Store, stopping: threading.Event, log: EventLog, run_job: RunJob | None = None
+    ) -> None:
+        check_window(settings.train.policy.window)
+        self.settings = settings
+        self.store = store
+        self.registry = Registry(settings.models_dir, store)
+        self.blobs = Blobs(settings.blobs_url)
+        self.owner = f"trainer-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.stopping = stopping
+        self.log = log
+        self.heartbeat = Heartbeat(store, self.owner, settings.train.lease_s, stopping, log)
+        self._run_job = run_job or run_claimed
+        self._pairs_of: tuple[int, int] | None = None
+
+    def run(self) -> None:
+        """Works until told to stop."""
+        self.registry.reconcile()
+        self.heartbeat.start()
+        self.log.event("trainer_ready", owner=self.owner, home=str(self.settings.home))
+        failures = 0
+        try:
+            while not self.stopping.is_set():
+                try:
+                    busy = self.step()
+                    failures = 0
+                except NoriaError as error:  # the store does not answer: try again, more and more slowly
+                    failures += 1
+                    busy = False
+                    self.log.event("store_failed", error=error.message, failures=failures)
+                if not busy:
+                    self.stopping.wait(self.settings.train.poll_s * min(30, 2**failures))
+        finally:
+            self.heartbeat.stop()
+            self.log.event("trainer_stopped", owner=self.owner)
+
+    def step(self) -> bool:
+        """Runs the next job to its end, or asks the policy. True when there may be more to do at once."""
+        job = self.store.claim_job(self.owner, self.settings.train.lease_s)
+        if job is not None:
+            self._work(job)
+            return True
+        decision = self.consider()
+        self.heartbeat.idle(decision.idle_reason)
+        if not decision.start:
+            return False
+        policy = self.settings.train.policy
+        made = self.store.create_job(policy.method, {}, policy.rollout, decision.reason or "min_preferences")
+        self.log.event("job_created", job_id=made.id, reason=made.reason)
+        return True
+
+    def consider(self) -> Decision:
+        """The policy over the store's facts. Pairs are counted only when everything else says go."""
+        facts = self._facts(pairs=None)
+        decision = decide(self.settings.train, facts)
+        if not decision.start:
+            return decision
+        return decide(self.settings.train, self._facts(pairs=self._pairs(facts.unused)))
+
+    def _facts(self, pairs: int | None) -> Facts:
+        running = self.store.list_jobs(1, state="running") or self.store.list_jobs(1, state="queued")
+        automatic = [job.created_at for job in self.store.list_jobs(200) if job.reason in AUTOMATIC]
+        return Facts(
+            now=time.time(),
+            unused=self.store.preference_counts()["unused"],
+            live=self.registry.live(),
+            busy=running[0].id if running else None,
+            pairs=pairs,
+            last_automatic_at=max(automatic, default=None),
+        )
+
+    def _pairs(self, unused: int) -> int:
+        """Training pairs that the unused judgements make; counted again only when their number changes."""
+        if self._pairs_of is None or self._pairs_of[0] != unused:
+            rows = self.store.training_pairs(exclude_used=True)
+            self._pairs_of = (unused, len(select(rows, held_out=self.settings.train.held_out).train))
+        return self._pairs_of[1]
+
+    def _work(self, job: Job) -> None:
+        self.heartbeat.work(job.id)
+        self.log.event("job_claimed", job_id=job.id, attempt=job.attempt, reason=job.reason, done=list(job.done))
+        started = time.monotonic()
+        outcome = "interrupted"
+        try:
+            outcome = self._run_job(self, job)
+        finally:
+            self.log.end_progress()
+            self.heartbeat.idle(f"idle: job {job.id} {outcome}")
+            self.log.event("job_ended", job_id=job.id, outcome=outcome, seconds=round(time.monotonic() - started, 1))
+
+
+def run_claimed(trainer: Trainer, job: Job) -> str:
+    """The pipeline over one claimed job; imports torch at the first."""
+    from train.pipeline.context import JobContext
+    from train.pipeline.runner import run_job
+
+    try:
+        train = override_train(trainer.settings.train, job.settings)
+    except SettingsError as error:
+        wrong = {"code": error.code, "message": error.message}
+        trainer.store.finish_job(job.id, trainer.owner, "failed", error=wrong)
+        return "failed"
+    return run_job(
+        JobContext(
+            store=trainer.store,
+            registry=trainer.registry,
+            blobs=trainer.blobs,
+            settings=trainer.settings,
+            train=train,
+            job=job,
+            owner=trainer.owner,
+            check=trainer.heartbeat.check,
+            log=trainer.log,
+        )
+    )
+
+
+def run_daemon(settings: Settings) -> int:
+    """Opens the store, runs until SIGTERM or SIGINT; a second signal ends the process at once."""
+    stopping = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if stopping.is_set():
+            os._exit(128 + number)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    log = EventLog()
+    with Store.open(settings.store_url) as store:
+        Trainer(settings, store, stopping, log).run()
+    return 0

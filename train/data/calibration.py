@@ -1,0 +1,90 @@
+"""Which conversations GPTQ is calibrated on, and which ones the artefact is verified on.
+
+Comes in: the snapshot's pairs and recent completions. Goes out: references that a restart finds again, and the
+samples themselves. References and not texts are kept: what a user has deleted since is left out.
+Must not import torch.
+
+The recipe: chosen answers of training pairs first, evenly spread over them, since that is what the new policy is to
+say; recent answers of the live model fill up, finished ones only. Verification takes held-out pairs; where there are
+too few, recent conversations that calibration did not take; where none are left, calibration's own, and says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from noria.errors import NotFound
+from noria.records import Completion, Json, Pair
+from train.data.pairs import LoadImage
+from train.data.render import image_hashes
+from train.export.rendering import CalibrationSample
+
+RECIPE = "chosen answers of training pairs, evenly spread, then recent finished completions"
+
+
+def choose(
+    train: Sequence[Pair], held_out: Sequence[Pair], recent: Sequence[Completion], counts: tuple[int, int]
+) -> Json:
+    """References for calibration and verification; `counts` is how many of each are wanted."""
+    wanted, checked = counts
+    half = wanted if not recent else max(1, (wanted + 1) // 2)
+    calibration = [_of_pair(pair) for pair in _spread(train, half)]
+    others = [_of_completion(one) for one in recent if one.finished and one.choices and one.choices[0].text.strip()]
+    calibration += others[: wanted - len(calibration)]
+    calibration += [_of_pair(pair) for pair in train if _of_pair(pair) not in calibration][: wanted - len(calibration)]
+    fresh = [reference for reference in others if reference not in calibration]
+    verification = [_of_pair(pair) for pair in _spread(held_out, checked)]
+    verification += fresh[: checked - len(verification)]
+    return {
+        "recipe": RECIPE,
+        "calibration": calibration,
+        "verification": verification or calibration[:checked],
+        "verified_on_calibration": not verification,
+    }
+
+
+def samples(
+    references: Iterable[Json],
+    pairs: dict[str, Pair],
+    completion: Callable[[str], Completion],
+    load_image: LoadImage,
+) -> list[tuple[Json, CalibrationSample]]:
+    """Each reference that still exists with its conversation, its answer last."""
+    found = []
+    for reference in references:
+        if "preference" in reference:
+            pair = pairs.get(reference["preference"])
+            if pair is None:
+                continue
+            messages, answer = list(pair.messages), {"role": "assistant", "content": pair.chosen}
+        else:
+            try:
+                kept = completion(reference["completion"])
+            except NotFound:
+                continue
+            messages, answer = list(kept.messages), {"role": "assistant", "content": kept.choices[0].text}
+        pictures = [load_image(sha256) for sha256 in image_hashes(messages)]
+        found.append((reference, CalibrationSample([*messages, answer], pictures)))
+    return found
+
+
+def fingerprint(messages: Sequence[Any]) -> str:
+    """SHA-256 of a conversation, for the manifest: pictures are in it by their own hashes."""
+    return hashlib.sha256(json.dumps(list(messages), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _of_pair(pair: Pair) -> Json:
+    return {"preference": pair.preference_id}
+
+
+def _of_completion(completion: Completion) -> Json:
+    return {"completion": completion.id}
+
+
+def _spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    if len(pairs) <= count:
+        return list(pairs)
+    return [pairs[index * len(pairs) // count] for index in range(count)]

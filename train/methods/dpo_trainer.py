@@ -1,0 +1,160 @@
+"""TRL's DPOTrainer with three things around its loss: mixed pictures and text, a reference kept, no step on a NaN.
+
+Comes in: TextPairs and a model that TRL gives a LoRA. Goes out: gradient steps, and one `Step` record for each.
+The loss and its metrics are TRL's, untouched. Must not import `serve`.
+
+Shapes: B pairs in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+from noria.errors import TrainingError
+from train.data.pairs import LoadImage, TextPair
+
+ROWS = "pair_rows"  # which pairs are in a batch: indices into the training list, taken out before the model sees it
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step, as TRL measured it before the step. Rewards are beta * log ratio, in nats times beta."""
+
+    step: int
+    steps: int
+    epoch: float
+    loss: float
+    margin: float
+    accuracy: float
+    reward_chosen: float
+    reward_rejected: float
+    grad_norm: float
+    learning_rate: float
+
+
+class PairCollator:
+    """Batches by row number.
+
+    TRL's own vision collator does the work; it takes rendered text as it is, and a row without pictures beside rows
+    that have some. (DPOTrainer hands text-only *datasets* to another collator, so one snapshot with both kinds needs
+    every row on the vision path.)
+    """
+
+    def __init__(self, pairs: Sequence[TextPair], processor: Any, load_image: LoadImage) -> None:
+        self._pairs = pairs
+        self._load_image = load_image
+        self._collate = DataCollatorForVisionPreference(processor=processor, max_length=None)
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Tensors of [chosen_B, rejected_B] stacked, and ROWS (B,)."""
+        rows = [int(example["row"]) for example in examples]
+        texts = []
+        for pair in (self._pairs[row] for row in rows):
+            pictures = [self._load_image(sha256) for sha256 in pair.images]
+            texts.append({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "images": pictures})
+        batch = dict(self._collate(texts))
+        batch[ROWS] = torch.tensor(rows)
+        return batch
+
+
+class GuardedDPOTrainer(DPOTrainer):
+    """DPOTrainer that keeps each pair's reference log-probabilities and refuses a non-finite loss.
+
+    The reference is the policy with its adapter off and never changes, so one forward a pair is enough. TRL can read
+    kept values from the batch, but refuses to precompute them for pictures; they are filled in here at a pair's first
+    visit, from the very batch the policy runs on, so policy and reference agree exactly before the first step.
+    """
+
+    def __init__(self, *args: Any, pairs: Sequence[TextPair], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.precompute_ref_logps = True  # "read them from the batch"; set after TRL's refusal has been passed
+        self._pairs = pairs
+        self._reference: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.step_rows: list[int] = []
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss. Raises TrainingError, naming the batch's preferences, when it is not finite."""
+        rows = [int(row) for row in inputs.pop(ROWS)]
+        self.step_rows.extend(rows)
+        self._add_reference(model, inputs, rows)
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        value = loss[0] if return_outputs else loss
+        if not torch.isfinite(value).all():
+            raise non_finite(f"loss {float(value)}", [self._pairs[row].preference_id for row in rows])
+        return loss
+
+    def step_preferences(self) -> list[str]:
+        """The preferences that took part in the step now under way."""
+        return [self._pairs[row].preference_id for row in self.step_rows]
+
+    def _add_reference(self, model: Any, inputs: dict[str, Any], rows: list[int]) -> None:
+        if any(row not in self._reference for row in rows):
+            chosen_B, rejected_B = self.compute_ref_log_probs(model, inputs)
+            for row, chosen, rejected in zip(rows, chosen_B, rejected_B, strict=True):
+                self._reference.setdefault(row, (chosen, rejected))
+        inputs["ref_chosen_logps"] = torch.stack([self._reference[row][0] for row in rows])
+        inputs["ref_rejected_logps"] = torch.stack([self._reference[row][1] for row in rows])
+
+
+class StepWatch(TrainerCallback):
+    """Between TRL's steps: lets the job be cancelled, checks gradients before the optimiser, reports each step."""
+
+    def __init__(self, on_step: Callable[[Step], None], check: Callable[[], None]) -> None:
+        self._on_step = on_step
+        self._check = check
+        self.trainer: GuardedDPOTrainer | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A new optimiser step."""
+        self._check()
+        if self.trainer is not None:
+            self.trainer.step_rows.clear()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A micro-batch that is not the step's last."""
+        self._check()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are clipped and the optimiser has not run. Raises TrainingError when one is not finite."""
+        trainer = self.trainer
+        if trainer is None:
+            return
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                raise non_finite(f"gradient of {name}", trainer.step_preferences())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Every step logs once; the summary at the end has no `loss`."""
+        if not logs or "loss" not in logs:
+            return
+        self._on_step(
+            Step(
+                step=int(state.global_step),
+                steps=int(state.max_steps),
+                epoch=float(logs.get("epoch", state.epoch or 0.0)),
+                loss=float(logs["loss"]),
+                margin=float(logs["rewards/margins"]),
+                accuracy=float(logs["rewards/accuracies"]),
+                reward_chosen=float(logs["rewards/chosen"]),
+                reward_rejected=float(logs["rewards/rejected"]),
+                grad_norm=float(logs.get("grad_norm", 0.0)),
+                learning_rate=float(logs.get("learning_rate", 0.0)),
+            )
+        )
+
+
+def non_finite(what: str, preferences: Sequence[str]) -> TrainingError:
+    """The error of a step that was not taken."""
+    return TrainingError(
+        f"{what} is not finite; stopped before the optimiser step. Preferences in the batch: {', '.join(preferences)}",
+        code="non_finite",
+    )

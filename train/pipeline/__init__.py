@@ -1,0 +1,1 @@
+"""The job's stages in order: snapshot, train, merge, quantize, verify, publish, rollout."""
