@@ -1,1 +1,1 @@
-"""Puts a published version into the running engine: validate, drain, reload, probe, promote; or put the old one back."""
+"""Puts a published version into the running engine: validate, drain, reload, probe, promote; or the old one back."""

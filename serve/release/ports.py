@@ -20,9 +20,7 @@ class Engine(Protocol):
         """Lets queued requests run."""
         ...
 
-    async def collective_rpc(
-        self, method: str, timeout: float | None = ..., args: tuple[Any, ...] = ..., kwargs: dict[str, Any] | None = ...
-    ) -> list[Any]:
+    async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ...) -> list[Any]:
         """Calls a method of every worker; one result each."""
         ...
 

@@ -33,9 +33,17 @@ EXPONENT: dict[str, tuple[DTypeLike, int]] = {
     "F8_E4M3": (np.uint8, 0x7F),  # this format has no infinity; its one NaN pattern has every bit set
 }
 QUANTIZATION_KEYS = (
-    "quant_method bits group_size sym desc_act checkpoint_format lm_head dynamic pack_dtype "
-    "modules_in_block_to_quantize"
-).split()
+    "quant_method",
+    "bits",
+    "group_size",
+    "sym",
+    "desc_act",
+    "checkpoint_format",
+    "lm_head",
+    "dynamic",
+    "pack_dtype",
+    "modules_in_block_to_quantize",
+)
 CONFIG_NOTES = {"transformers_version", "_name_or_path", "_commit_hash", "quantization_config", "use_cache"}
 READ_AT_START = ("tokenizer.json", "preprocessor_config.json", "processor_config.json", "chat_template.jinja")
 
