@@ -102,6 +102,15 @@ class VersionGate:
         """True while a swap has the gate closed; new requests wait."""
         return not self._open.is_set()
 
+    @property
+    def failed(self) -> bool:
+        """True after `fail`."""
+        return self._failure is not None
+
+    async def opened(self) -> None:
+        """Returns when no swap has the gate closed."""
+        await self._open.wait()
+
     def fail(self, message: str) -> None:
         """Turns everybody away from now on with Unavailable, those who wait too: the engine holds no whole version.
 

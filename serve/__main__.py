@@ -1,0 +1,52 @@
+"""`python -m serve`: the server process.
+
+Comes in: flags, environment, noria.toml. Goes out: an exit code. Everything heavy is imported inside `main`, after the
+environment is set: the engine's process imports this module again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from noria.errors import NoriaError, wire_of
+from noria.settings import Settings, load_settings
+
+
+def parse(argv: list[str]) -> tuple[Settings, str | None]:
+    """Settings with the flags on top, and the model's name. Raises SettingsError."""
+    parser = argparse.ArgumentParser(prog="python -m serve", description="Noria's server: vLLM, capture, hot swap.")
+    parser.add_argument("--host", help="address to bind to")
+    parser.add_argument("--http-port", type=int, help="HTTP port, 0 for a free one")
+    parser.add_argument("--grpc-port", type=int, help="gRPC port, 0 for a free one")
+    parser.add_argument("--model", help="version (v3) or base model to make live; default: what is live")
+    given = vars(parser.parse_args(argv))
+    model = given.pop("model")
+    server = {name: value for name, value in given.items() if value is not None}
+    return load_settings(server=server or None), model
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the server; the exit code is 0 after SIGTERM."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        settings, model = parse(sys.argv[1:] if argv is None else argv)
+        settings.home.mkdir(parents=True, exist_ok=True)
+        from serve.engine import environment
+
+        environment.set_environment(settings)
+        if settings.engine.fast_start:
+            environment.start_fork_server()
+        import uvloop
+
+        from serve.process import run
+
+        return int(uvloop.run(run(settings, model)))
+    except NoriaError as error:
+        print(f"noria: {error.message}", file=sys.stderr)
+        return wire_of(error).exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

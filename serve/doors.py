@@ -1,0 +1,70 @@
+"""The two listening sides of the server: uvicorn and grpc.aio, opened early, drained together.
+
+Comes in: an ASGI application, a grpc.aio server. Goes out: bound ports, and an orderly end. vLLM is imported inside
+functions only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+from typing import Any
+
+from noria.errors import SettingsError
+from noria.settings import ServerSettings
+
+logger = logging.getLogger("noria.server")
+
+
+def bind_http(settings: ServerSettings) -> socket.socket:
+    """A bound socket, before anything slow begins: a taken port is told at once. Raises SettingsError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((settings.host, settings.http_port))
+    except OSError as error:
+        sock.close()
+        where = f"{settings.host}:{settings.http_port}"
+        raise SettingsError(f"cannot listen for HTTP on {where}: {error}", param="server.http_port") from error
+    return sock
+
+
+class Doors:
+    """HTTP and gRPC, started together and closed together."""
+
+    def __init__(self, app: Any, state: Any, sock: socket.socket, grpc_server: Any, shutdown_s: float) -> None:
+        """`app` is the wrapped application; `state` vLLM's, which its exception handler reads the server from."""
+        import uvicorn
+        from vllm.entrypoints.launchers.launcher import NoSignalServer
+
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(shutdown_s)
+        )
+        self._http = state.server = NoSignalServer(config)
+        self._sock, self._grpc, self._shutdown_s = sock, grpc_server, shutdown_s
+        self._serving: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Returns when both answer."""
+        await self._grpc.start()
+        self._serving = asyncio.create_task(self._http.serve(sockets=[self._sock]))
+        while not self._http.started and not self._serving.done():  # noqa: ASYNC110  uvicorn's flag
+            await asyncio.sleep(0.01)
+        if self._serving.done():
+            await self._serving
+
+    async def close(self) -> None:
+        """Takes no new connection, lets running requests end within `shutdown_s`, then cancels them."""
+        self._http.should_exit = True
+        grpc_stop = asyncio.ensure_future(self._grpc.stop(self._shutdown_s))
+        if self._serving is not None:
+            await self._serving
+        await grpc_stop
+        self._sock.close()
+
+    def force(self) -> None:
+        """A second signal: running requests are not waited for."""
+        self._http.force_exit = True

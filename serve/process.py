@@ -1,0 +1,228 @@
+"""The server: one process, one event loop, in which vLLM answers and everything of Noria's runs beside it.
+
+Comes in: settings, and perhaps the name of a model. Goes out: HTTP and gRPC until SIGTERM, then an exit code. The
+environment must be set first (`serve.engine.environment`); `serve.__main__` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import time
+from argparse import Namespace
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from noria.blobs import Blobs
+from noria.errors import NoriaError
+from noria.records import Json, ProcessInfo
+from noria.registry import Registry
+from noria.settings import Settings
+from noria.store import Store
+from serve.api.chat import VllmChatBackend
+from serve.api.errors import error_response
+from serve.api.grpc.server import build_server
+from serve.api.handlers import Handlers
+from serve.api.http import build_router
+from serve.api.openai.stored import build_stored_router
+from serve.capture.metrics import export_capture
+from serve.capture.queue import CaptureQueue
+from serve.doors import Doors, bind_http
+from serve.engine.launch import build_application, engine_flags, parse_flags, start_engine
+from serve.engine.middleware import KeyMiddleware, TraceMiddleware
+from serve.engine.versions import VersionGate
+from serve.live import choose_version
+from serve.release.releaser import Releaser
+
+logger = logging.getLogger("noria.server")
+BEAT_S = 2.0
+
+
+async def run(settings: Settings, model: str | None = None) -> int:
+    """Serves until SIGTERM or SIGINT; 0 after an orderly end, 1 when the engine died.
+
+    Raises NoriaError where there is no model, a port is taken, or the engine does not start.
+    """
+    stop = Stop()
+    async with AsyncExitStack() as stack:
+        sock = bind_http(settings.server)
+        stack.callback(sock.close)
+        store = await asyncio.to_thread(Store.open, settings.store_url)
+        stack.callback(store.close)
+        registry, blobs = Registry(settings.models_dir, store), Blobs(settings.blobs_url)
+        gate = VersionGate(await asyncio.to_thread(choose_version, registry, model))
+        capture = await stack.enter_async_context(_capture(store, blobs, settings))
+        args = parse_flags(engine_flags(settings, gate.current.path, gate.current.id))
+        engine = await stack.enter_async_context(_engine(args, settings))
+        app = await build_application(engine, args, gate, capture, settings)
+        handlers = Handlers(store=store, registry=registry, blobs=blobs, gate=gate, capture=capture, settings=settings)
+        app.add_exception_handler(NoriaError, _answer_error)
+        app.include_router(build_stored_router(store, blobs, capture))
+        app.include_router(build_router(handlers))
+        server = settings.server
+        chat = VllmChatBackend(app.state, gate)
+        grpc_server, grpc_port = await build_server(handlers, chat, host=server.host, port=server.grpc_port)
+        doors = Doors(_wrapped(app, gate, settings), app.state, sock, grpc_server, server.shutdown_s)
+        stop.on_second(doors.force)
+        stack.push_async_callback(doors.close)
+        releaser = Releaser(engine, gate, store, registry, settings)
+        await stack.enter_async_context(_background(releaser.run(), "release", before_end=_opened(gate, settings)))
+        await doors.open()
+        info = {
+            "url": f"http://{_host(server.host)}:{sock.getsockname()[1]}",
+            "grpc": f"{_host(server.host)}:{grpc_port}",
+        }
+        announcement = Announcement(settings.home, store, gate, capture, info)
+        stack.callback(announcement.withdraw)
+        await stack.enter_async_context(_background(announcement.keep(), "heartbeat"))
+        await stack.enter_async_context(_background(_watch(engine, gate, stop), "watch"))
+        print(f"noria: serving {gate.current.id} on {info['url']} and grpc {info['grpc']}", flush=True)
+        await stop.asked.wait()
+    return stop.code
+
+
+class Stop:
+    """Why and when the server ends."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.code = 0
+        self._second: Any = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled)
+
+    def on_second(self, action: Any) -> None:
+        """What a second signal does."""
+        self._second = action
+
+    def fail(self) -> None:
+        """Ends the server with exit code 1."""
+        self.code = 1
+        self.asked.set()
+
+    def _signalled(self) -> None:
+        if self.asked.is_set() and self._second is not None:
+            self._second()
+        self.asked.set()
+
+
+class Announcement:
+    """Tells where the server is: `server.json` in the home for scripts, a heartbeat in the store for the rest."""
+
+    def __init__(self, home: Path, store: Store, gate: VersionGate, capture: CaptureQueue, info: Json) -> None:
+        self._path = home / "server.json"
+        self._store, self._gate, self._capture = store, gate, capture
+        self._info = {**info, "pid": os.getpid()}
+        self._id = f"server-{os.uname().nodename}-{os.getpid()}"
+        self._written: Json = {}
+
+    async def keep(self) -> None:
+        """Writes both again and again; a store that does not answer is logged and tried later."""
+        while True:
+            try:
+                await asyncio.to_thread(self._tell)
+            except Exception as error:  # the heartbeat of a server that answers must not end it
+                logger.warning("heartbeat failed", extra={"reason": type(error).__name__}, exc_info=error)
+            await asyncio.sleep(BEAT_S)
+
+    def withdraw(self) -> None:
+        """Removes `server.json`, if it is still ours."""
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(self._path.read_text())["pid"] == self._info["pid"]:
+                self._path.unlink()
+
+    def _tell(self) -> None:
+        told = {**self._info, "version": self._gate.current.id}
+        if told != self._written:
+            beside = self._path.with_suffix(".tmp")
+            beside.write_text(json.dumps(told))
+            beside.replace(self._path)
+            self._written = told
+        counts = self._capture.counts
+        info = {
+            **self._info,
+            "serving": self._gate.current.id,
+            "in_flight": self._gate.in_flight,
+            "capture": {"sent": counts.sent, "stored": counts.stored, "dropped": counts.dropped},
+        }
+        self._store.beat(ProcessInfo(self._id, "server", time.time(), info))
+
+
+@asynccontextmanager
+async def _capture(store: Store, blobs: Blobs, settings: Settings) -> AsyncIterator[CaptureQueue]:
+    from prometheus_client import REGISTRY
+
+    capture = CaptureQueue(store, blobs, settings.capture)
+    collector = export_capture(capture)
+    try:
+        yield capture
+    finally:
+        REGISTRY.unregister(collector)
+        await capture.close()
+        counts = capture.counts
+        logger.info("capture closed", extra={"sent": counts.sent, "stored": counts.stored, "dropped": counts.dropped})
+
+
+@asynccontextmanager
+async def _engine(args: Namespace, settings: Settings) -> AsyncIterator[Any]:
+    engine = start_engine(args, fast=settings.engine.fast_start)
+    try:
+        yield engine
+    finally:
+        await asyncio.to_thread(engine.shutdown, timeout=5.0)
+
+
+@asynccontextmanager
+async def _background(work: Any, name: str, before_end: Any = None) -> AsyncIterator[None]:
+    """Runs `work` beside the rest; at the end waits for `before_end`, then cancels it."""
+    task = asyncio.create_task(work, name=name)
+    task.add_done_callback(_report)
+    try:
+        yield
+    finally:
+        if before_end is not None:
+            await before_end
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.error("background task ended", extra={"task": task.get_name()}, exc_info=task.exception())
+
+
+async def _opened(gate: VersionGate, settings: Settings) -> None:
+    """Waits while a swap has the gate closed: cut in the middle, it would leave those who queue without an engine."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(gate.opened(), settings.server.shutdown_s)
+
+
+async def _watch(engine: Any, gate: VersionGate, stop: Stop) -> None:
+    """Ends the server when its engine is dead or holds no whole version: its supervisor starts it again."""
+    while not (engine.errored or gate.failed):  # noqa: ASYNC110  vLLM has no event for it
+        await asyncio.sleep(0.5)
+    logger.error("the engine cannot answer any more")
+    stop.fail()
+
+
+def _answer_error(_request: Any, error: NoriaError) -> Any:
+    """What the gate refuses inside vLLM's own routes, in OpenAI's shape."""
+    return error_response(error)
+
+
+def _wrapped(app: Any, gate: VersionGate, settings: Settings) -> Any:
+    wrapped: Any = TraceMiddleware(app, gate)
+    key = settings.server.api_key
+    return KeyMiddleware(wrapped, key.get_secret_value()) if key else wrapped
+
+
+def _host(host: str) -> str:
+    """The address as a client on this machine writes it."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  compared, not bound
+    return f"[{host}]" if ":" in host else host
