@@ -60,4 +60,4 @@ def check_key(expected: str | None, header: str | None) -> None:
         return
     scheme, _, key = (header or "").partition(" ")
     if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), expected.encode()):
-        raise Unauthenticated("a bearer key is needed: send `Authorization: Bearer KEY` with server.api_key as KEY")
+        raise Unauthenticated("The API key is missing or wrong: send it as `Authorization: Bearer KEY`.")

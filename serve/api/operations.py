@@ -18,7 +18,7 @@ from noria.registry import Registry
 from noria.settings import PolicySettings, Settings, TrainSettings, override_train
 from noria.store import Store
 from serve.api.ports import Capture, Gate
-from serve.api.schemas import JobBody, JobPage, Page, RolloutBody, cut, listing, parse
+from serve.api.schemas import JobBody, JobPage, Page, RolloutBody, cut, parse
 
 METHODS: tuple[str, ...] = typing.get_args(PolicySettings.model_fields["method"].annotation)
 AFTER_JOB: tuple[str, ...] = typing.get_args(PolicySettings.model_fields["rollout"].annotation)
@@ -27,6 +27,7 @@ DAEMON_KEYS = ("policy", "lease_s", "poll_s")  # the daemon reads them before an
 ENDED = ("succeeded", "failed", "cancelled")
 WATCH_POLL_S = 0.25
 TRAINER_FRESH_S = 15.0
+WHOLE = 10_000  # jobs and rollouts are few: their lists are read whole and cut
 
 
 class Operations:
@@ -59,10 +60,7 @@ class Operations:
     async def list_jobs(self, query: Mapping[str, Any]) -> Json:
         """A page of jobs, newest first."""
         page = parse(JobPage, query)
-        if page.after is None:
-            rows = await asyncio.to_thread(self._store.list_jobs, page.limit + 1, state=page.state)
-            return listing([row.to_wire() for row in rows], page.limit)
-        rows = await asyncio.to_thread(self._store.list_jobs, 10_000, state=page.state)
+        rows = await asyncio.to_thread(self._store.list_jobs, WHOLE, state=page.state)
         return cut([row.to_wire() for row in rows], page)
 
     async def get_job(self, job_id: str) -> Json:
@@ -134,9 +132,8 @@ class Operations:
     async def list_rollouts(self, query: Mapping[str, Any]) -> Json:
         """A page of rollouts, newest first."""
         page = parse(Page, query)
-        rows = await asyncio.to_thread(self._store.list_rollouts)
-        newest_first = sorted(rows, key=lambda rollout: rollout.created_at, reverse=True)
-        return cut([row.to_wire() for row in newest_first], page)
+        rows = await asyncio.to_thread(self._store.list_rollouts, WHOLE)
+        return cut([row.to_wire() for row in rows], page)
 
     async def status(self) -> Json:
         """What is live, what was captured and judged, and why training has or has not started."""

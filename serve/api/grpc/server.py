@@ -52,10 +52,11 @@ async def build_server(
     feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(Feedback(handlers), server)
     operator_pb2_grpc.add_OperatorServiceServicer_to_server(Operator(handlers), server)
     await _add_standard_services(server)
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise SettingsError(f"cannot listen for gRPC on {host}:{port}: {error}", param="server.grpc_port") from error
+        raise SettingsError(f"cannot listen for gRPC on {address}: {error}", param="server.grpc_port") from error
     return server, bound
 
 

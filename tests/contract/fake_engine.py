@@ -1,0 +1,273 @@
+"""A small engine for the contract suite: it answers at once, by a rule, and captures into the real store.
+
+Comes in: OpenAI chat bodies. Goes out: what vLLM's handler would give. Store, blobs, gate, capture, handlers, HTTP
+router and gRPC server around it are the real ones; `FakeSystem` runs them on one event loop in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import threading
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from noria.blobs import Blobs
+from noria.errors import InvalidRequest, NoriaError, NotFound
+from noria.records import Json
+from noria.registry import ManifestDraft, Registry, fingerprint
+from noria.settings import Settings
+from noria.store import Store
+from serve.api.chat import begin_trace
+from serve.api.errors import error_response
+from serve.api.grpc.server import build_server
+from serve.api.handlers import Handlers
+from serve.api.http import build_router
+from serve.capture.chat import storage_fault
+from serve.capture.queue import CaptureQueue
+from serve.capture.tape import Captured, ChoiceTape
+from serve.engine.middleware import KeyMiddleware, TraceMiddleware
+from serve.engine.versions import ServingVersion, Trace, VersionGate, current_trace
+
+
+class ChatBody(BaseModel):
+    """The part of a chat request that the fake acts on; the rest is kept as it is, as vLLM keeps it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    messages: list[Json]
+    model: str | None = None
+    n: int | None = 1
+    temperature: float | None = None
+    seed: int | None = None
+    stream: bool | None = False
+    logprobs: bool | None = False
+
+
+class FakeChat:
+    """A ChatBackend whose choices are five words drawn from the hash of prompt, seed and index."""
+
+    def __init__(self, gate: VersionGate, capture: CaptureQueue) -> None:
+        self._gate = gate
+        self._capture = capture
+        self.word_s = 0.0  # seconds between two words of a stream
+
+    async def chat(self, request: Json) -> Json:
+        """The whole answer."""
+        trace = begin_trace(streaming=False)
+        try:
+            return await self.answer(parsed(request))
+        finally:
+            self._gate.finish(trace)
+
+    async def stream(self, request: Json) -> AsyncGenerator[Json, None]:
+        """The answer word by word."""
+        trace = begin_trace(streaming=True)
+        options = {**request.get("stream_options", {}), "include_usage": True}
+        body = parsed({**request, "stream": True, "stream_options": options})
+        try:
+            async with aclosing(self.chunks(body)) as chunks:
+                async for one in chunks:
+                    yield one
+        finally:
+            self._gate.finish(trace)
+
+    async def answer(self, body: ChatBody) -> Json:
+        """The whole answer, captured."""
+        trace = _trace()
+        await self._gate.admit(trace)
+        try:
+            head = _head(body, trace, "chat.completion")
+            texts = _texts(body)
+            choices = [_choice(body, index, text) for index, text in enumerate(texts)]
+            answer = {**head, "choices": choices, "usage": _usage(body, texts)}
+            self._keep(body, head["id"], trace, texts)
+            return answer
+        finally:
+            self._gate.release(trace)
+
+    async def chunks(self, body: ChatBody) -> AsyncGenerator[Json, None]:
+        """The answer in chunks, captured at its end or where it was broken off."""
+        trace = _trace()
+        trace.streaming = True
+        await self._gate.admit(trace)
+        head = _head(body, trace, "chat.completion.chunk")
+        texts, said = _texts(body), [""] * (body.n or 1)
+        try:
+            for index in range(len(texts)):
+                yield {**head, "choices": [_delta(index, {"role": "assistant", "content": ""}, None)]}
+            for index, text in enumerate(texts):
+                words = text.split(" ")
+                for at, word in enumerate(words):
+                    await asyncio.sleep(self.word_s)
+                    piece = word if at == 0 else f" {word}"
+                    said[index] += piece
+                    reason = "stop" if at == len(words) - 1 else None
+                    yield {**head, "choices": [_delta(index, {"content": piece}, reason)]}
+            yield {**head, "choices": [], "usage": _usage(body, texts)}
+        finally:
+            self._keep(body, head["id"], trace, said, finished=said == texts)
+            self._gate.release(trace)
+
+    def _keep(self, body: ChatBody, id_: str, trace: Trace, texts: list[str], finished: bool = True) -> None:
+        if (body.model_extra or {}).get("store") is False:
+            return
+        tapes = {i: ChoiceTape(i, token_ids=[1, 2], texts=[text], finish_reason="stop") for i, text in enumerate(texts)}
+        self._capture.offer(
+            Captured(id_, time.time(), "noria", body, trace, prompt_token_ids=[3], choices=tapes, finished=finished)
+        )
+
+
+def parsed(request: Json) -> ChatBody:
+    """The body. Raises InvalidRequest, NotFound (another model)."""
+    try:
+        body = ChatBody.model_validate(request)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequest(first["msg"], param=".".join(["body", *map(str, first["loc"])])) from error
+    if body.model not in (None, "noria"):
+        raise NotFound(f"The model `{body.model}` does not exist.", param="model")
+    wrong = storage_fault(body.model_extra or {})
+    if wrong is not None:
+        raise InvalidRequest(wrong[1], param=wrong[0])
+    return body
+
+
+def chat_app(chat: FakeChat, handlers: Handlers, gate: VersionGate) -> Any:
+    """The application: `/v1/chat/completions` over the fake, and our own router."""
+    app = FastAPI()
+
+    @app.post("/v1/chat/completions")
+    async def create(request: Request) -> Response:
+        try:
+            body = parsed(await request.json())
+            if body.stream:
+                return StreamingResponse(_lines(chat.chunks(body)), media_type="text/event-stream")
+            return JSONResponse(await chat.answer(body))
+        except NoriaError as error:
+            return error_response(error)
+
+    app.include_router(build_router(handlers))
+    traced = TraceMiddleware(app, gate)
+    return KeyMiddleware(traced, handlers.api_key) if handlers.api_key else traced
+
+
+class FakeSystem:
+    """Everything of a server but vLLM, listening on two free ports."""
+
+    def __init__(self, home: Path, api_key: str | None = None) -> None:
+        self.home = home
+        server = {"api_key": api_key} if api_key else {}
+        self._settings = Settings(home=home, server=server)
+        home.mkdir(parents=True, exist_ok=True)
+        self._ready = threading.Event()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self.http_port = self.grpc_port = 0
+        self.chat: FakeChat
+
+    def start(self) -> None:
+        """Returns when both doors are open."""
+        self._thread.start()
+        if not self._ready.wait(30):
+            raise RuntimeError("the fake system did not start")
+
+    def stop(self) -> None:
+        """Closes both doors and what is behind them."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(30)
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        with Store.open(self._settings.store_url) as store:
+            registry = Registry(self._settings.models_dir, store)
+            version = _first_version(registry)
+            gate = VersionGate(version)
+            blobs = Blobs(self._settings.blobs_url)
+            capture = CaptureQueue(store, blobs, self._settings.capture)
+            handlers = Handlers(
+                store=store, registry=registry, blobs=blobs, gate=gate, capture=capture, settings=self._settings
+            )
+            self.chat = FakeChat(gate, capture)
+            rpc, self.grpc_port = await build_server(handlers, self.chat, host="127.0.0.1", port=0)
+            await rpc.start()
+            await self._serve_http(chat_app(self.chat, handlers, gate))
+            await rpc.stop(1)
+            await capture.close()
+
+    async def _serve_http(self, app: Any) -> None:
+        config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off")
+        http, listening = uvicorn.Server(config), config.bind_socket()
+        listening.listen()
+        self.http_port = listening.getsockname()[1]
+        task = asyncio.create_task(http.serve(sockets=[listening]))
+        self._ready.set()
+        await self._stop.wait()
+        http.should_exit = True
+        await task
+
+
+def _first_version(registry: Registry) -> ServingVersion:
+    staging = registry.begin("fake")
+    (staging / "serving").mkdir()
+    (staging / "serving" / "config.json").write_text("{}")
+    frozen = {"vision_tower": "sha256:00", "aligner": "sha256:01"}
+    manifest = registry.publish(staging, ManifestDraft(method="base", metrics={"kl": 0.25}, frozen=frozen))
+    registry.promote(manifest.id)
+    return ServingVersion(manifest.id, fingerprint(manifest), registry.path(manifest.id) / "serving")
+
+
+def _trace() -> Trace:
+    trace = current_trace.get()
+    if trace is None:
+        raise RuntimeError("the door made no trace")
+    return trace
+
+
+def _head(body: ChatBody, trace: Trace, kind: str) -> Json:
+    id_ = f"chatcmpl-{uuid.uuid4().hex}"
+    made = {"id": id_, "object": kind, "created": int(time.time()), "model": "noria"}
+    return {**made, "system_fingerprint": trace.fingerprint}
+
+
+def _texts(body: ChatBody) -> list[str]:
+    asked = json.dumps([body.messages, body.seed], sort_keys=True)
+    digests = (hashlib.sha256(f"{asked}{index}".encode()).hexdigest() for index in range(body.n or 1))
+    return [" ".join(digest[at : at + 4] for at in range(0, 20, 4)) for digest in digests]
+
+
+def _choice(body: ChatBody, index: int, text: str) -> Json:
+    token = {"token": text[:4], "logprob": -0.5, "bytes": list(text[:4].encode()), "top_logprobs": []}
+    message = {"role": "assistant", "content": text}
+    return {
+        "index": index,
+        "message": message,
+        "finish_reason": "stop",
+        "logprobs": {"content": [token]} if body.logprobs else None,
+    }
+
+
+def _delta(index: int, delta: Json, reason: str | None) -> Json:
+    return {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}
+
+
+def _usage(body: ChatBody, texts: list[str]) -> Json:
+    prompt, completion = len(json.dumps(body.messages)), sum(len(text.split(" ")) for text in texts)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+async def _lines(chunks: AsyncGenerator[Json, None]) -> AsyncIterator[str]:
+    async with aclosing(chunks):
+        async for one in chunks:
+            yield f"data: {json.dumps(one)}\n\n"
+    yield "data: [DONE]\n\n"
