@@ -216,7 +216,8 @@ def _look_up(conn: Connection, side: Side, name: str) -> _Answer:
         message = f"{name}.completion_id: no stored completion {side.completion_id!r}"
         raise NotFound(message, param=f"{name}.completion_id", code="completion_not_found")
     row = choice_row(conn, side.completion_id, side.index, f"{name}.index")
-    return _Answer(side, row.text, json.dumps(row.message.get("tool_calls") or "", sort_keys=True), prompt_hash)
+    calls = row.message.get("tool_calls")
+    return _Answer(side, row.text, json.dumps(calls, sort_keys=True) if calls else "", prompt_hash)
 
 
 def choice_row(conn: Connection, completion_id: str, index: int | None, param: str) -> Any:

@@ -1,0 +1,1 @@
+"""What lies in files: the registry's versions and the blobs."""
