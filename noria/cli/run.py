@@ -211,7 +211,7 @@ def _become(here: Place, module: str, arguments: list[str]) -> NoReturn:
 
 
 def python_m(module: str, arguments: list[str]) -> list[str]:
-    """The command that runs one of our modules. -P: folders named `serve` or `train` where the user stands are not it."""
+    """Runs one of our modules. -P: a folder named `serve` or `train` where the user stands is not it."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
