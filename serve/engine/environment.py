@@ -42,6 +42,8 @@ def set_environment(settings: Settings) -> None:
         defaults |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
         if settings.engine.fast_start:
             defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # lets the CPU's worker live in the engine process
+        if settings.engine.enforce_eager is not False:
+            defaults["TORCHDYNAMO_DISABLE"] = "1"  # vLLM 0.31 compiles its sampler even so: six seconds, first request
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if settings.engine.threads is not None and not has_gpu():
