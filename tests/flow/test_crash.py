@@ -112,12 +112,12 @@ def test_a_job_killed_in_every_stage_makes_the_same_version(home: Path) -> None:
     settings = load_settings(home=home)
     with Store.open(settings.store_url) as store:
         registry = Registry(settings.models_dir, store)
-        calm = store.create_job("dpo", {"exclude_used": False}, "none", "test")
+        calm = store.create_job("dpo", {"preferences": "all"}, "none", "test")
         with trainer(home):
             reference = wait(store, calm.id)
         assert (reference.state, reference.error) == ("succeeded", None)
 
-        job = store.create_job("dpo", {"exclude_used": False}, "none", "test")
+        job = store.create_job("dpo", {"preferences": "all"}, "none", "test")
         died_in = []
         for stage in KILLED:
             with trainer(home) as process:
@@ -141,7 +141,7 @@ def test_a_cancelled_job_leaves_no_version(home: Path) -> None:
     settings = load_settings(home=home)
     with Store.open(settings.store_url) as store:
         before = {version.id for version in store.list_versions()}
-        job = store.create_job("dpo", {"exclude_used": False}, "none", "test")
+        job = store.create_job("dpo", {"preferences": "all"}, "none", "test")
         with trainer(home):
             wait(store, job.id, "quantize")
             store.request_cancel(job.id)
