@@ -1,0 +1,1 @@
+"""Tests of serve.release against a small written engine."""
