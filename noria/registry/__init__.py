@@ -64,9 +64,8 @@ class Registry:
             (staging / MANIFEST).unlink(missing_ok=True)
             said = draft.model_dump(mode="json")
             said |= {"id": self._next_id(), "created_at": time.time(), "files": hash_folder(staging)}
-            manifest = Manifest.model_validate(said)
-            raw = manifest.raw()
-            (staging / MANIFEST).write_bytes(raw)
+            manifest = Manifest.parse(Manifest.model_validate(said).raw(), MANIFEST)
+            (staging / MANIFEST).write_bytes(manifest.raw())
             staging.chmod(0o755)  # mkdtemp made it private; server and trainer may be different users
             sync_tree(staging)
             os.rename(staging, self._dir / manifest.id)
