@@ -12,7 +12,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,14 @@ class ChatBody(BaseModel):
 
 
 class FakeChat:
-    """A ChatBackend whose choices are five words drawn from the hash of prompt, seed and index."""
+    """A ChatBackend whose choices are five words drawn from the hash of prompt, seed and index.
+
+    With `ignore_eos` a stream never ends by itself.
+    """
 
     def __init__(self, gate: VersionGate, capture: CaptureQueue) -> None:
         self._gate = gate
         self._capture = capture
-        self.word_s = 0.0  # seconds between two words of a stream
 
     async def chat(self, request: Json) -> Json:
         """The whole answer."""
@@ -106,13 +108,11 @@ class FakeChat:
         try:
             for index in range(len(texts)):
                 yield {**head, "choices": [_delta(index, {"role": "assistant", "content": ""}, None)]}
+            endless = bool((body.model_extra or {}).get("ignore_eos"))
             for index, text in enumerate(texts):
-                words = text.split(" ")
-                for at, word in enumerate(words):
-                    await asyncio.sleep(self.word_s)
-                    piece = word if at == 0 else f" {word}"
+                for piece, reason in _pieces(text, endless):
+                    await asyncio.sleep(0)
                     said[index] += piece
-                    reason = "stop" if at == len(words) - 1 else None
                     yield {**head, "choices": [_delta(index, {"content": piece}, reason)]}
             yield {**head, "choices": [], "usage": _usage(body, texts)}
         finally:
@@ -137,6 +137,8 @@ def parsed(request: Json) -> ChatBody:
         raise InvalidRequest(first["msg"], param=".".join(["body", *map(str, first["loc"])])) from error
     if body.model not in (None, "noria"):
         raise NotFound(f"The model `{body.model}` does not exist.", param="model")
+    if (body.temperature or 0) < 0:
+        raise InvalidRequest(f"temperature must be non-negative, got {body.temperature}.", param="temperature")
     wrong = storage_fault(body.model_extra or {})
     if wrong is not None:
         raise InvalidRequest(wrong[1], param=wrong[0])
@@ -244,6 +246,14 @@ def _texts(body: ChatBody) -> list[str]:
     asked = json.dumps([body.messages, body.seed], sort_keys=True)
     digests = (hashlib.sha256(f"{asked}{index}".encode()).hexdigest() for index in range(body.n or 1))
     return [" ".join(digest[at : at + 4] for at in range(0, 20, 4)) for digest in digests]
+
+
+def _pieces(text: str, endless: bool) -> Iterator[tuple[str, str | None]]:
+    words = text.split(" ")
+    for at, word in enumerate(words):
+        yield (word if at == 0 else f" {word}"), ("stop" if at == len(words) - 1 and not endless else None)
+    while endless:
+        yield " on", None
 
 
 def _choice(body: ChatBody, index: int, text: str) -> Json:
