@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from noria.errors import NoriaError, NotFound, openai_body, wire_of
 from noria.records import Json
 
-Answer = Json | NoriaError | list[Any]
+Answer = Mapping[str, Any] | NoriaError | list[Any]
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -23,7 +23,7 @@ class FakeServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, answers: dict[str, Answer]) -> None:
+    def __init__(self, answers: Mapping[str, Answer]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answers = answers
         self.asked: list[tuple[str, Json]] = []
@@ -64,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(200, answer)
 
-    def _send(self, status: int, body: Json) -> None:
+    def _send(self, status: int, body: Mapping[str, Any]) -> None:
         data = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(data)))
@@ -91,7 +91,7 @@ def _text(events: list[Any]) -> bytes:
 
 
 @contextmanager
-def serving(answers: dict[str, Answer]) -> Iterator[FakeServer]:
+def serving(answers: Mapping[str, Answer]) -> Iterator[FakeServer]:
     """Runs the server in a thread."""
     server = FakeServer(answers)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

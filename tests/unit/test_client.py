@@ -6,7 +6,7 @@ import pytest
 
 from noria.client import NoriaClient
 from noria.errors import Conflict, NotFound, Unavailable
-from tests.unit.fake_server import event, job, page, rollout, serving, status
+from tests.unit.fake_server import Answer, event, job, page, rollout, serving, status
 
 
 def test_a_list_is_read_over_all_its_pages() -> None:
@@ -41,7 +41,7 @@ def test_nobody_there_is_unavailable_and_says_what_to_do(free_port: int) -> None
 
 
 def test_events_are_taken_up_where_the_line_broke() -> None:
-    answers = {
+    answers: dict[str, Answer] = {
         "GET /noria/v1/jobs/job_1/events": [
             {"events": [event(1, "state", state="running"), event(2, "stage", stage="train"), "broken"]},
             {"events": [event(3, "state", state="succeeded")]},
@@ -60,20 +60,22 @@ def test_events_of_an_unknown_job_are_not_found() -> None:
 
 
 def test_a_rollout_is_followed_to_its_end() -> None:
-    answers = {"GET /noria/v1/rollouts/roll_1": [rollout("queued"), rollout("running"), rollout("succeeded")]}
+    answers: dict[str, Answer] = {
+        "GET /noria/v1/rollouts/roll_1": [rollout("queued"), rollout("running"), rollout("succeeded")]
+    }
     with serving(answers) as server, NoriaClient(server.url) as client:
         assert client.wait_rollout("roll_1", poll_s=0.01)["state"] == "succeeded"
         assert len(server.asked) == 3
 
 
 def test_a_rollout_that_does_not_end_is_unavailable() -> None:
-    answers = {"GET /noria/v1/rollouts/roll_1": rollout("running")}
+    answers: dict[str, Answer] = {"GET /noria/v1/rollouts/roll_1": rollout("running")}
     with serving(answers) as server, NoriaClient(server.url) as client, pytest.raises(Unavailable) as raised:
         client.wait_rollout("roll_1", timeout_s=0.05, poll_s=0.01)
     assert raised.value.code == "timeout"
 
 
 def test_an_end_user_with_slashes_and_spaces_is_one_name() -> None:
-    answers = {"DELETE /noria/v1/end_users/a/b%20c": {"deleted": True, "completions": 2}}
+    answers: dict[str, Answer] = {"DELETE /noria/v1/end_users/a/b%20c": {"deleted": True, "completions": 2}}
     with serving(answers) as server, NoriaClient(server.url) as client:
         assert client.forget_end_user("a/b c")["completions"] == 2

@@ -84,7 +84,7 @@ def test_a_conflict_names_both_keys(flags: dict[str, object], names: tuple[str, 
 def test_the_tree_is_frozen_and_keeps_its_secret() -> None:
     settings = load_settings(server={"api_key": "hush"})
     with pytest.raises(ValueError, match="frozen"):
-        settings.server.http_port = 1
+        settings.server.http_port = 1  # type: ignore[misc]
     assert "hush" not in repr(settings)
     assert "hush" not in settings.model_dump_json()
     assert settings.server.api_key is not None
