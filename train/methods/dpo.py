@@ -27,8 +27,14 @@ from noria.settings import DpoSettings, TrainSettings
 from train.data.pairs import LoadImage, TextPair
 from train.methods import frozen
 from train.methods.dpo_trainer import GuardedDPOTrainer, PairCollator, Step, StepWatch
-from train.methods.policy_model import load_policy, load_processor, lora_config, read_architecture, save_adapter
-from train.methods.policy_model import training_dtype
+from train.methods.policy_model import (
+    load_policy,
+    load_processor,
+    lora_config,
+    read_architecture,
+    save_adapter,
+    training_dtype,
+)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class GuardedDPOTrainer(DPOTrainer):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         value = loss[0] if return_outputs else loss
         if not torch.isfinite(value).all():
-            raise non_finite(f"loss {float(value)}", [self._pairs[row].preference_id for row in rows])
+            raise non_finite(f"loss {float(value.detach())}", [self._pairs[row].preference_id for row in rows])
         return loss
 
     def step_preferences(self) -> list[str]:

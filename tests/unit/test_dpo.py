@@ -1,0 +1,314 @@
+"""DPO on a tiny random LLaVA: TRL's loss against the paper's formula, what is frozen, and what stops a training."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from noria.errors import LeaseLost, TrainingError
+from noria.records import BLOB_SCHEME, Json, Pair
+from noria.settings import TrainSettings
+from train.data.pairs import PairRenderer, TextPair
+from train.data.render import ChatRenderer
+from train.methods.dpo import DpoReport, train_dpo
+from train.methods.dpo_trainer import Step
+from train.methods.frozen import FrozenModule, freeze, require_equal
+from train.methods.policy_model import load_policy, load_processor, read_architecture
+
+COLOURS = ("red", "green", "blue")
+
+
+def load_image(sha256: str) -> Image.Image:
+    """A stored picture: here its name is its colour."""
+    return Image.new("RGB", (40, 24), sha256)
+
+
+def pair(number: int) -> Pair:
+    """Even ones show a picture, odd ones are text alone."""
+    colour = COLOURS[number % len(COLOURS)]
+    shown: list[Json] = [{"type": "image_url", "image_url": {"url": BLOB_SCHEME + colour}}]
+    content: Any = [*shown, {"type": "text", "text": "what is it"}] if number % 2 == 0 else f"say {colour} {number}"
+    images = (colour,) if number % 2 == 0 else ()
+    messages = ({"role": "user", "content": content},)
+    return Pair(f"pref_{number}", f"h{number}", messages, f"a {colour} square", "no" + " a" * number, 1.0, None, images)
+
+
+@pytest.fixture(scope="module")
+def renderer(tiny_vlm: Path) -> PairRenderer:
+    return PairRenderer(ChatRenderer(load_processor(tiny_vlm)), load_image)
+
+
+@pytest.fixture(scope="module")
+def pairs(renderer: PairRenderer) -> list[TextPair]:
+    return [renderer.render(pair(number)) for number in range(6)]
+
+
+def settings(**dpo: Any) -> TrainSettings:
+    asked = {"epochs": 3, "batch_size": 6, "micro_batch_size": 3, "learning_rate": 2e-3, "warmup_ratio": 0.0, **dpo}
+    return TrainSettings.model_validate({"dpo": asked, "lora": {"rank": 4, "alpha": 8}})
+
+
+def run(
+    master: Path,
+    pairs: Sequence[TextPair],
+    out: Path,
+    asked: TrainSettings | None = None,
+    adapters: Sequence[Path] = (),
+    check: Callable[[], None] = lambda: None,
+) -> tuple[DpoReport, list[Step]]:
+    """Trains in float32, so that tolerances say something about the formula and not about rounding."""
+    steps: list[Step] = []
+    report = train_dpo(
+        master,
+        adapters,
+        pairs,
+        load_image,
+        out,
+        asked or settings(),
+        on_step=steps.append,
+        check=check,
+        dtype=torch.float32,
+    )
+    return report, steps
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tiny_vlm: Path, pairs: list[TextPair], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, DpoReport, list[Step]]:
+    """One training over pictures and text in the same batches."""
+    out = tmp_path_factory.mktemp("dpo") / "adapter"
+    return out, *run(tiny_vlm, pairs, out)
+
+
+def test_prompts_are_rendered_as_the_engine_would(pairs: list[TextPair]) -> None:
+    assert pairs[0].prompt == "<|im_start|>user\n<image>\nwhat is it<|im_end|>\n<|im_start|>assistant\n"
+    assert pairs[1].prompt == "<|im_start|>user\nsay green 1<|im_end|>\n<|im_start|>assistant\n"
+    assert (pairs[0].chosen, pairs[0].rejected) == ("a red square<|im_end|>", "no<|im_end|>")
+
+
+def test_a_template_of_strings_gets_pictures_in_front_of_the_text(tiny_vlm: Path) -> None:
+    processor = load_processor(tiny_vlm)
+    processor.chat_template = "{% for m in messages %}[{{ m['content'] + '' }}]{% endfor %}"
+    strings = ChatRenderer(processor)
+    assert not strings.wants_parts
+    assert strings.prompt(pair(0).messages) == "[<image>\nwhat is it]"
+
+
+def test_length_counts_picture_tokens_and_the_longer_answer(renderer: PairRenderer, tiny_vlm: Path) -> None:
+    tokenizer = load_processor(tiny_vlm).tokenizer
+    rendered = renderer.render(pair(4))
+    texts = [len(tokenizer(text)["input_ids"]) for text in (rendered.prompt, rendered.chosen, rendered.rejected)]
+    assert renderer.tokens(pair(4)) == texts[0] - 1 + 16 + max(texts[1:])  # (32 / 8)^2 = 16 for one placeholder
+
+
+def test_the_first_loss_is_ln_2_and_an_overfit_batch_goes_down(trained: tuple[Path, DpoReport, list[Step]]) -> None:
+    _, report, steps = trained
+    assert steps[0].loss == pytest.approx(math.log(2), abs=1e-6)
+    assert steps[0].margin == 0.0
+    assert len(steps) == report.steps == 3
+    assert steps[-1].loss < 0.5
+    assert steps[-1].margin > 0.3
+    assert report.loss_last == steps[-1].loss
+    assert all(math.isfinite(step.grad_norm) and step.grad_norm > 0 for step in steps)
+
+
+def answer_logp(model: Any, processor: Any, one: TextPair, answer: str) -> float:
+    """Sum of log p(token) over the answer's tokens, one sequence at a time, from full logits."""
+    pictures = [load_image(sha256) for sha256 in one.images]
+    inputs = processor(text=[one.prompt], images=pictures or None, return_tensors="pt", add_special_tokens=False)
+    answer_ids = processor.tokenizer(answer, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    prompt_length = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], answer_ids], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad():
+        logits = model(**inputs).logits[0].double()
+    logps = torch.log_softmax(logits[prompt_length - 1 : -1], dim=-1)
+    return float(logps.gather(1, answer_ids[0][:, None]).sum())
+
+
+def paper_loss(policy: Any, reference: Any, processor: Any, pairs: Sequence[TextPair], beta: float) -> float:
+    """Equation 7 of the paper, averaged over pairs."""
+    losses = []
+    for one in pairs:
+        ratios = [
+            answer_logp(policy, processor, one, text) - answer_logp(reference, processor, one, text)
+            for text in (one.chosen, one.rejected)
+        ]
+        losses.append(-math.log(1 / (1 + math.exp(-beta * (ratios[0] - ratios[1])))))
+    return sum(losses) / len(losses)
+
+
+def test_the_loss_is_the_papers(
+    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, DpoReport, list[Step]], tmp_path: Path
+) -> None:
+    """All six pairs are one step, so step 2 runs on the weights after step 1: a run of one step has those weights.
+
+    Tolerance 1e-4 nats: the same sums in float32 with and without padding.
+    """
+    _, _, steps = trained
+    one_step = settings()
+    one_step = one_step.model_copy(update={"dpo": one_step.dpo.model_copy(update={"epochs": 1})})
+    run(tiny_vlm, pairs, tmp_path / "one", one_step)
+    architecture, processor = read_architecture(tiny_vlm), load_processor(tiny_vlm)
+    reference = load_policy(tiny_vlm, [], architecture, torch.float32)
+    policy = load_policy(tiny_vlm, [tmp_path / "one"], architecture, torch.float32)
+    expected = paper_loss(policy, reference, processor, pairs, beta=0.1)
+    assert expected < math.log(2) - 0.01
+    assert steps[1].loss == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_lineage_is_folded_in_so_training_starts_from_the_parent(
+    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, DpoReport, list[Step]], tmp_path: Path
+) -> None:
+    adapter, _, _ = trained
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tiny_vlm, dtype=torch.float32)
+    from peft import PeftModel
+
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    folded = load_policy(tiny_vlm, [adapter], read_architecture(tiny_vlm), torch.float32)
+    for (name, ours), (_, theirs) in zip(folded.named_parameters(), merged.named_parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6, msg=name)
+    _, steps = run(tiny_vlm, pairs, tmp_path / "next", settings(epochs=1), adapters=[adapter])
+    assert steps[0].loss == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_only_the_language_models_linears_learn(trained: tuple[Path, DpoReport, list[Step]], tiny_vlm: Path) -> None:
+    adapter, report, _ = trained
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 7 * 2  # A and B of seven linears in two layers
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in tensors)
+    assert sum(tensor.numel() for tensor in tensors.values()) == report.trainable_parameters
+    assert all(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert len(config["target_modules"]) == 14
+    assert sorted(path.name for path in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert [path for path in adapter.parent.iterdir() if path.name.startswith(".trl-")] == []
+
+
+def test_tower_and_aligner_are_hashed_and_unchanged(trained: tuple[Path, DpoReport, list[Step]]) -> None:
+    _, report, _ = trained
+    assert sorted(report.frozen) == ["aligner", "vision_tower"]
+    assert all(value.startswith("sha256:") and len(value) == 71 for value in report.frozen.values())
+    require_equal(report.frozen, dict(report.frozen), "here")
+    with pytest.raises(TrainingError, match=r"frozen modules changed here: aligner"):
+        require_equal(report.frozen, {**report.frozen, "aligner": "sha256:0"}, "here")
+
+
+def test_the_frozen_tower_keeps_no_graph_even_when_inputs_require_gradients(tiny_vlm: Path) -> None:
+    architecture = read_architecture(tiny_vlm)
+    model = load_policy(tiny_vlm, [], architecture, torch.float32)
+    guards = freeze(model, architecture)
+    assert sorted(guard.path for guard in guards) == ["model.multi_modal_projector", "model.vision_tower"]
+    pixels = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    output = model.model.vision_tower(pixels)
+    assert not output.last_hidden_state.requires_grad
+    assert [guard.calls for guard in guards if guard.path == "model.vision_tower"] == [1]
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_frozen_module_that_hands_on_a_gradient_ends_the_training() -> None:
+    leaky = torch.nn.Linear(2, 2)
+    FrozenModule("model.vision_tower", leaky)
+    with pytest.raises(TrainingError, match=r"model\.vision_tower is frozen but its output carries a gradient"):
+        leaky(torch.zeros(1, 2))
+
+
+def test_the_same_snapshot_and_seed_give_the_same_bytes(
+    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, DpoReport, list[Step]], tmp_path: Path
+) -> None:
+    first, _, steps = trained
+    _, again = run(tiny_vlm, pairs, tmp_path / "again")
+    assert again == steps
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (first / name).read_bytes()
+    _, other = run(tiny_vlm, pairs, tmp_path / "other", settings(seed=1))
+    assert other[-1].loss != steps[-1].loss
+
+
+def test_a_non_finite_loss_stops_before_the_step_and_names_the_batch(
+    tiny_vlm: Path, pairs: list[TextPair], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in tiny_vlm.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["language_model.model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    steps: list[Step] = []
+    with pytest.raises(TrainingError, match=r"loss nan is not finite; stopped before the optimiser step") as stopped:
+        train_dpo(
+            broken,
+            [],
+            [replace(one, preference_id=f"pref_nan_{n}") for n, one in enumerate(pairs[:2])],
+            load_image,
+            tmp_path / "adapter",
+            settings(batch_size=2, micro_batch_size=2),
+            on_step=steps.append,
+            check=lambda: None,
+            dtype=torch.float32,
+        )
+    assert stopped.value.code == "non_finite"
+    assert "pref_nan_0" in stopped.value.message
+    assert "pref_nan_1" in stopped.value.message
+    assert steps == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+def test_a_non_finite_gradient_stops_before_the_step(
+    tiny_vlm: Path, pairs: list[TextPair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is finite and its gradient is not: an infinite factor appears on the way back only."""
+    from train.methods import dpo
+
+    loaded = dpo.load_policy
+
+    def poisoned(*args: Any) -> Any:
+        model = loaded(*args)
+        norm = model.model.language_model.norm
+        norm.register_full_backward_hook(lambda module, grads, _: tuple(g * float("inf") for g in grads))
+        return model
+
+    monkeypatch.setattr(dpo, "load_policy", poisoned)
+    with pytest.raises(TrainingError, match=r"gradient of .*lora_.* is not finite.*batch: pref_\d, pref_\d") as stopped:
+        run(tiny_vlm, pairs, tmp_path / "adapter")
+    assert stopped.value.code == "non_finite"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cancelling_stops_between_micro_batches(tiny_vlm: Path, pairs: list[TextPair], tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise LeaseLost("job job_1 is to be cancelled", code="cancelled")
+
+    with pytest.raises(LeaseLost):
+        run(tiny_vlm, pairs, tmp_path / "adapter", check=check)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_adapters_dropout_is_the_one_asked_for(
+    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, DpoReport, list[Step]], tmp_path: Path
+) -> None:
+    asked = settings()
+    asked = asked.model_copy(update={"lora": asked.lora.model_copy(update={"dropout": 0.5})})
+    _, _, steps = trained
+    _, dropped = run(tiny_vlm, pairs, tmp_path / "adapter", asked)
+    assert dropped[-1].loss != steps[-1].loss

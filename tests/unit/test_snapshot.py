@@ -1,0 +1,178 @@
+"""The snapshot's rule: who trains, who is held out, who is left out and under which count."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import hypothesis.strategies as st
+from hypothesis import given, settings
+
+from noria.records import Pair, Preference, Side, Verdict
+from train.data.snapshot import LEFT_OUT, Row, content_hash, freeze, is_held_out, pair_digest, select
+
+
+def row(
+    number: int,
+    chosen: str = "good",
+    rejected: str = "bad",
+    *,
+    prompt: str = "p0",
+    annotator: str | None = "ann",
+    verdict: Verdict = "chosen",
+    readable: bool = True,
+) -> Row:
+    """Judgement `number`, made at second `number`; the sides are choices of one completion per prompt."""
+    sides = (Side(text=chosen), Side(text=rejected))
+    preference = Preference(f"pref_{number:03}", float(number), prompt, *sides, verdict, annotator)
+    if verdict != "chosen" or not readable:
+        return preference, None
+    messages = ({"role": "user", "content": prompt},)
+    return preference, Pair(preference.id, prompt, messages, chosen, rejected, float(number), annotator)
+
+
+def kept(rows: list[Row]) -> list[str]:
+    return [pair.preference_id for pair in select(rows, held_out=0.0).train]
+
+
+def nonzero(rows: list[Row], **options: float) -> dict[str, int]:
+    return {reason: n for reason, n in select(rows, held_out=0.0, **options).counts.items() if n}
+
+
+def test_ties_and_both_bad_are_left_out_and_counted() -> None:
+    rows = [row(1), row(2, "a", "b", verdict="tie"), row(3, "a", "b", verdict="both_bad")]
+    assert kept(rows) == ["pref_001"]
+    assert nonzero(rows) == {"total": 3, "used": 1, "tie": 1, "both_bad": 1}
+
+
+def test_duplicates_keep_the_earliest() -> None:
+    rows = [row(3, annotator="b"), row(1, annotator="a"), row(2, annotator="c")]
+    assert kept(rows) == ["pref_001"]
+    assert nonzero(rows) == {"total": 3, "used": 1, "duplicate": 2}
+
+
+def test_the_same_texts_under_another_prompt_are_no_duplicate() -> None:
+    assert kept([row(1), row(2, prompt="p1")]) == ["pref_001", "pref_002"]
+
+
+def test_the_newest_judgement_of_one_annotator_wins() -> None:
+    rows = [row(1, "x", "y"), row(2, "y", "x")]
+    assert kept(rows) == ["pref_002"]
+    assert nonzero(rows) == {"total": 2, "used": 1, "contradictory": 1}
+
+
+def test_an_annotator_who_comes_back_to_the_first_judgement_keeps_the_earliest_row() -> None:
+    rows = [row(1, "x", "y"), row(2, "y", "x"), row(3, "x", "y")]
+    assert kept(rows) == ["pref_001"]
+    assert nonzero(rows) == {"total": 3, "used": 1, "contradictory": 1, "duplicate": 1}
+
+
+def test_a_later_tie_withdraws_the_same_annotators_judgement() -> None:
+    rows = [row(1, "x", "y"), row(2, "y", "x", verdict="tie"), row(3, "v", "w")]
+    assert kept(rows) == ["pref_003"]
+    assert nonzero(rows) == {"total": 3, "used": 1, "tie": 1, "contradictory": 1}
+
+
+def test_a_majority_of_annotators_decides() -> None:
+    rows = [row(1, "x", "y", annotator="a"), row(2, "y", "x", annotator="b"), row(3, "x", "y", annotator="c")]
+    assert kept(rows) == ["pref_001"]
+    assert nonzero(rows) == {"total": 3, "used": 1, "contradictory": 1, "duplicate": 1}
+
+
+def test_equal_votes_leave_both_out() -> None:
+    rows = [row(1, "x", "y", annotator="a"), row(2, "y", "x", annotator="b")]
+    assert kept(rows) == []
+    assert nonzero(rows) == {"total": 2, "contradictory": 2}
+
+
+def test_one_annotator_has_one_vote_and_anonymous_rows_one_each() -> None:
+    stubborn = [row(n, "x", "y", annotator="a") for n in (1, 2, 3)]
+    anonymous = [row(n, "y", "x", annotator=None) for n in (4, 5)]
+    assert kept([*stubborn, *anonymous]) == ["pref_004"]
+
+
+def test_unusable_texts_are_left_out_by_reason() -> None:
+    rows = [row(1, "", "b"), row(2, "a", "  "), row(3, "same", "same "), row(4, readable=False), row(5)]
+    assert kept(rows) == ["pref_005"]
+    assert nonzero(rows) == {"total": 5, "used": 1, "empty": 2, "same_text": 1, "unreadable": 1}
+
+
+def test_a_pair_that_is_too_long_is_left_out() -> None:
+    selection = select([row(1, "long" * 9, "x"), row(2)], held_out=0.0, too_long=lambda pair: len(pair.chosen) > 8)
+    assert [pair.preference_id for pair in selection.train] == ["pref_002"]
+    assert selection.left_out == ("pref_001",)
+    assert selection.counts["too_long"] == 1
+
+
+def test_a_prompt_is_always_on_the_same_side() -> None:
+    rows = [row(n, f"good {n}", "bad", prompt=f"p{n % 40}") for n in range(200)]
+    selection = select(rows, held_out=0.3)
+    aside = {pair.prompt_hash for pair in selection.held_out}
+    assert aside.isdisjoint(pair.prompt_hash for pair in selection.train)
+    assert aside == {f"p{n}" for n in range(40) if is_held_out(f"p{n}", 0.3)}
+    later = select(rows[:50], held_out=0.3)
+    assert {pair.prompt_hash for pair in later.held_out} <= aside
+
+
+def test_a_larger_share_holds_out_a_superset() -> None:
+    prompts = [f"p{n}" for n in range(1000)]
+    small = {prompt for prompt in prompts if is_held_out(prompt, 0.1)}
+    assert small <= {prompt for prompt in prompts if is_held_out(prompt, 0.4)}
+    assert 70 <= len(small) <= 130
+    assert not any(is_held_out(prompt, 0.0) for prompt in prompts)
+
+
+def test_the_snapshot_is_its_content() -> None:
+    rows = [row(n, f"good {n}", "bad", prompt=f"p{n}") for n in range(20)]
+    first = freeze(select(rows, held_out=0.2), job_id="job_1", created_at=1.0)
+    shuffled = rows[7:] + rows[:7][::-1]
+    second = freeze(select(shuffled, held_out=0.2), job_id="job_2", created_at=2.0)
+    assert (first.id, first.train, first.held_out, first.counts) == (
+        second.id,
+        second.train,
+        second.held_out,
+        second.counts,
+    )
+    assert first.id.startswith("snap_")
+    assert len(first.id) == len("snap_") + 24
+    changed = [(rows[0][0], dataclasses.replace(rows[0][1], chosen="other") if rows[0][1] else None), *rows[1:]]
+    assert content_hash(select(changed, held_out=0.2)) != content_hash(select(rows, held_out=0.2))
+
+
+def test_a_pairs_digest_covers_prompt_and_both_texts() -> None:
+    _, pair = row(1)
+    assert pair is not None
+    others = [dataclasses.replace(pair, **{key: "z"}) for key in ("prompt_hash", "chosen", "rejected")]
+    assert len({pair_digest(one) for one in [pair, *others]}) == 4
+
+
+ROWS = st.lists(
+    st.builds(
+        row,
+        number=st.integers(0, 10_000),
+        chosen=st.sampled_from(["a", "b", "c", "", "a long answer"]),
+        rejected=st.sampled_from(["a", "b", "c", " "]),
+        prompt=st.sampled_from(["p0", "p1", "p2", "p3"]),
+        annotator=st.sampled_from([None, "x", "y", "z"]),
+        verdict=st.sampled_from(["chosen", "chosen", "chosen", "tie", "both_bad"]),
+        readable=st.booleans(),
+    ),
+    unique_by=lambda one: one[0].id,
+    max_size=40,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(rows=ROWS, share=st.floats(0, 0.8), turn=st.integers(0, 40))
+def test_counts_add_up_and_order_does_not_matter(rows: list[Row], share: float, turn: int) -> None:
+    def too_long(pair: Pair) -> bool:
+        return len(pair.chosen) > 5
+
+    selection = select(rows, held_out=share, too_long=too_long)
+    counts = selection.counts
+    assert counts["total"] == len(rows) == sum(counts[key] for key in ("used", "held_out", *LEFT_OUT))
+    ids = [pair.preference_id for pair in (*selection.train, *selection.held_out)]
+    assert sorted([*ids, *selection.left_out]) == sorted(preference.id for preference, _ in rows)
+    questions = [frozenset((pair.prompt_hash, pair.chosen, pair.rejected)) for pair in selection.train]
+    assert len(set(questions)) == len(questions)
+    moved = rows[turn:][::-1] + rows[:turn]
+    assert select(moved, held_out=share, too_long=too_long) == selection
