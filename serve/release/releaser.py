@@ -5,8 +5,8 @@ engine with the new weights and the version promoted, or the old weights and a r
 Must not import vllm or torch.
 
 One rollout: validate (a thread, nothing closed yet) -> close the gate, let running requests end -> pause -> reload ->
-forget caches -> resume -> probe -> promote, name the new version -> open the gate. Whatever fails after the pause puts
-the old version back. Should that fail too, no version is whole: the gate turns everybody away and the process ends,
+forget caches -> resume -> probe -> promote, name the new version -> open the gate -> end the rollout: who sees it
+succeeded sees its metrics, and is answered by the new version. Whatever fails after the pause puts the old version back. Should that fail too, no version is whole: the gate turns everybody away and the process ends,
 so that its supervisor starts one on the live version.
 """
 
@@ -108,7 +108,7 @@ class Releaser:
     async def ensure(self, version: str) -> Json:
         """Makes the engine serve `version`, the store untouched; returns the metrics. Raises why it does not."""
         metrics: Json = {}
-        await self._change(version, None, metrics)
+        await self._change(version, metrics, promote=False)
         self._refused = None
         return metrics
 
@@ -119,7 +119,7 @@ class Releaser:
         try:
             if rollout.strategy != "direct":
                 raise InvalidRequest(f"strategy {rollout.strategy!r}: this server rolls out directly only")
-            await self._change(rollout.version, rollout.id, metrics)
+            await self._change(rollout.version, metrics, promote=True)
         except EngineLost as error:
             log.critical("engine_lost", extra={**keys, "reason": error.message})
             try:
@@ -134,12 +134,12 @@ class Releaser:
             log.info("rollout_succeeded", extra={**keys, **metrics})
             await self._finish(rollout.id, "succeeded", None, metrics)
 
-    async def _change(self, version: str, rollout_id: str | None, metrics: Json) -> None:
+    async def _change(self, version: str, metrics: Json, *, promote: bool) -> None:
         """The whole way from validation to the open gate. `metrics` fills as it goes, for failures too."""
         old = self._gate.current
         if version == old.id:
-            if rollout_id is not None:
-                await asyncio.to_thread(self._registry.promote, version, rollout_id)
+            if promote:  # also the rest of a rollout that a crash cut off after its promotion
+                await asyncio.to_thread(self._registry.promote, version)
             return
         started = time.perf_counter()
         try:
@@ -151,7 +151,7 @@ class Releaser:
             async with self._gate.exclusive(self._settings.drain_s):
                 metrics["drain_s"] = time.perf_counter() - closed
                 await self._swapper.pause(self._settings.drain_s)
-                await self._replace(old, new, rollout_id, metrics)
+                await self._replace(old, new, metrics, promote)
         finally:
             metrics["pause_s"] = time.perf_counter() - closed
 
@@ -161,14 +161,14 @@ class Releaser:
         validate_serving(new.path, old.path)
         return new
 
-    async def _replace(self, old: ServingVersion, new: ServingVersion, rollout_id: str | None, metrics: Json) -> None:
+    async def _replace(self, old: ServingVersion, new: ServingVersion, metrics: Json, promote: bool) -> None:
         """With the gate closed and the engine paused: the new version in, proven and promoted, or the old one back."""
         try:
             metrics["reload_s"] = await self._swapper.load(new.path)
             probe = await self._prober.run(new.path.parent)
             metrics |= {"probe_mean_abs_diff": probe.mean_abs_diff, "probe_tokens": probe.tokens}
-            if rollout_id is not None:  # durable first: a crash from here on starts on the new version
-                await asyncio.to_thread(self._registry.promote, new.id, rollout_id)
+            if promote:  # durable first: a crash from here on starts on the new version
+                await asyncio.to_thread(self._registry.promote, new.id)
         except asyncio.CancelledError:
             self._gate.fail("the server is stopping; try again")  # half a swap must not answer anybody
             raise

@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
 def write_serving(folder: Path, value: float) -> dict[str, np.ndarray[Any, Any]]:
     """A GPTQ-like checkpoint in `folder`; `value` is what its norm holds. Returns the tensors."""
     folder.mkdir(parents=True)
-    tensors = {
+    tensors: dict[str, np.ndarray[Any, Any]] = {
         f"{LINEAR}.qweight": np.full((4, 32), 7, dtype=np.int32),
         f"{LINEAR}.scales": np.full((1, 32), 0.5, dtype=np.float16),
         "language_model.model.norm.weight": np.full((32,), value, dtype=np.float32),

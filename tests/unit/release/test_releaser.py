@@ -248,8 +248,21 @@ async def test_a_rollout_that_a_crash_cut_short_is_taken_up_again(world: World) 
     assert world.store.claim_rollout("a server that died") is not None
     task = asyncio.create_task(world.releaser.run())
     await until(lambda: world.ended(rollout).state == "succeeded")
+    assert world.serves("v2") and "pause_s" in world.ended(rollout).metrics
     await stop(task)
-    assert world.serves("v2")
+
+
+async def test_a_rollout_that_was_promoted_before_the_crash_only_ends(world: World) -> None:
+    publish(world.registry, 2.0)
+    rollout = world.rollout("v2")
+    await world.releaser.ensure("v2")  # as a server that starts on the live version
+    world.store.claim_rollout("a server that died")
+    world.store.promote("v2")
+    world.store.requeue_running_rollouts()
+    calls = len(world.engine.calls)
+    await world.releaser.step()
+    assert world.ended(rollout).state == "succeeded" and world.serves("v2")
+    assert world.store.previous() == "v1" and len(world.engine.calls) == calls
 
 
 async def test_the_live_version_is_followed_when_another_process_moves_it(world: World) -> None:
