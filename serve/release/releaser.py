@@ -6,8 +6,9 @@ Must not import vllm or torch.
 
 One rollout: validate (a thread, nothing closed yet) -> close the gate, let running requests end -> pause -> reload ->
 forget caches -> resume -> probe -> promote, name the new version -> open the gate -> end the rollout: who sees it
-succeeded sees its metrics, and is answered by the new version. Whatever fails after the pause puts the old version back. Should that fail too, no version is whole: the gate turns everybody away and the process ends,
-so that its supervisor starts one on the live version.
+succeeded sees its metrics, and is answered by the new version. Whatever fails after the pause puts the old version
+back. Should that fail too, no version is whole: the gate turns everybody away and the process ends, so that its
+supervisor starts one on the live version.
 """
 
 from __future__ import annotations
