@@ -12,12 +12,19 @@ from pathlib import Path
 import pytest
 
 from noria import repair
+from tests.postgres import programs
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 repair.install()
+
+
+def pytest_report_header() -> str:
+    """Says which databases the store's suite runs on, so that a run without PostgreSQL is seen to be one."""
+    found = programs()
+    return f"store: sqlite and postgresql ({found})" if found else "store: sqlite only; no PostgreSQL server programs"
 
 
 @pytest.fixture

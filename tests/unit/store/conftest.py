@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import delete, update
 
 from noria.store import Store
+from noria.store.connection import Database
+from noria.store.tables import markers, metadata
 from tests.postgres import Cluster, programs
 
 BACKENDS = ("sqlite", "postgresql") if programs() else ("sqlite",)
@@ -48,8 +51,26 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return running.database()
 
 
-@pytest.fixture
-def store(store_url: str, clock: Clock) -> Iterator[Store]:
+@pytest.fixture(scope="session")
+def migrated_url(cluster: Cluster) -> str:
+    """A PostgreSQL schema that tests share one after the other: building the tables costs more than most tests."""
+    return cluster.database()
+
+
+@pytest.fixture(params=BACKENDS)
+def store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[Store]:
     """An open, empty store on the test's clock."""
-    with Store.open(store_url, clock=clock) as opened:
+    on_sqlite = request.param == "sqlite"
+    url = f"sqlite:///{tmp_path / 'noria.db'}" if on_sqlite else request.getfixturevalue("migrated_url")
+    with Store.open(url, clock=clock) as opened:
         yield opened
+    if not on_sqlite:
+        _empty(url)
+
+
+def _empty(url: str) -> None:
+    database = Database.open(url)
+    with database.write() as conn:
+        for table in reversed(metadata.sorted_tables):
+            conn.execute(update(table).values(value=None) if table is markers else delete(table))
+    database.close()
