@@ -71,9 +71,9 @@ class NoriaClient:
         body = {"version": version, "strategy": strategy} | ({} if percent is None else {"percent": percent})
         return self._call("POST", "/noria/v1/rollouts", body)
 
-    def rollouts(self) -> list[Json]:
-        """All rollouts, newest first."""
-        return self._list("/noria/v1/rollouts")
+    def rollouts(self, *, limit: int | None = None) -> list[Json]:
+        """All rollouts, or the newest, newest first."""
+        return self._list("/noria/v1/rollouts", limit)
 
     def rollout(self, rollout_id: str) -> Json:
         """One rollout."""

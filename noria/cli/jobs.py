@@ -124,11 +124,17 @@ def nested(pairs: list[str]) -> dict[str, Any]:
 
 
 def raise_ended(job: Json) -> None:
-    """Nothing for a job that succeeded. Raises TrainingError for a failed one, Conflict for a cancelled one."""
+    """Nothing for a job that succeeded.
+
+    Raises TrainingError for a failed one, Conflict for a cancelled one or one whose version could not go live.
+    """
     if job["state"] == "failed":
         raise TrainingError(f"job {job['id']} failed at stage {job['stage']}: {_error(job) or 'no reason was kept'}")
     if job["state"] == "cancelled":
         raise Conflict(f"job {job['id']} was cancelled at stage {job['stage']}")
+    rollout = (job.get("metrics") or {}).get("rollout") or {}
+    if rollout.get("state") == "failed":
+        raise Conflict(f"job {job['id']} made {job['version']}, but its rollout failed: {rollout.get('reason')}")
 
 
 def _list(ctx: typer.Context, limit: int, as_json: bool) -> None:

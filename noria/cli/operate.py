@@ -15,8 +15,7 @@ from noria.records import Json
 
 app = typer.Typer()
 
-LEFT_OUT = ("tie", "both_bad", "duplicate", "contradictory", "too_long", "unresolved", "missing", "used_before")
-IN_USE = ("used", "train", "training_pairs", "held_out", "held_out_pairs")
+IN_USE = ("used", "held_out")
 
 
 @app.command(epilog="Example: noria status --json")
@@ -44,16 +43,19 @@ def status(ctx: typer.Context, as_json: AsJson = False) -> None:
 def why(ctx: typer.Context, as_json: AsJson = False) -> None:
     """Why training has or has not started, what the last snapshot left out, what the last rollout did."""
     with place(ctx).client() as client:
-        told, jobs, rollouts = client.status(), client.jobs(limit=1), client.rollouts()[:1]
-    reasons = explain(told, jobs[0] if jobs else None, rollouts[0] if rollouts else None)
+        told, jobs, rollouts = client.status(), client.jobs(limit=1), client.rollouts(limit=1)
+        job, made = (jobs[0] if jobs else None), None
+        if job and job.get("version"):
+            made = client.version(job["version"])
+    reasons = explain(told, job, made, rollouts[0] if rollouts else None)
     if as_json:
         print_json(reasons)
     else:
         print_fields({name: part["text"] for name, part in reasons.items()})
 
 
-def explain(told: Json, job: Json | None, rollout: Json | None) -> dict[str, Json]:
-    """The reasons, each with a `text` for people and the figures it was made of."""
+def explain(told: Json, job: Json | None, made: Json | None, rollout: Json | None) -> dict[str, Json]:
+    """The reasons, each with a `text` for people and the figures it was made of; `made` is the job's version."""
     counts, trainer, running = told["preferences"], told["trainer"], told["job"]
     if running:
         training = f"runs: {_job(running)}, asked for by {running.get('reason', 'an operator')}"
@@ -66,7 +68,7 @@ def explain(told: Json, job: Json | None, rollout: Json | None) -> dict[str, Jso
         "preferences": {"text": _preferences(counts), **counts},
     }
     if job is not None:
-        snapshot = snapshot_counts(job)
+        snapshot = snapshot_counts(job, made)
         parts["last job"] = {"text": _ended(job), "id": job["id"], "state": job["state"], "error": job.get("error")}
         parts["its snapshot"] = {"text": _snapshot(snapshot), "counts": snapshot}
     if rollout is not None:
@@ -74,22 +76,15 @@ def explain(told: Json, job: Json | None, rollout: Json | None) -> dict[str, Jso
     return parts
 
 
-def snapshot_counts(job: Json) -> dict[str, int]:
-    """How many preferences the job's snapshot used and left out, from the job's metrics."""
-    metrics = job.get("metrics") or {}
-    nested = metrics.get("snapshot")
-    source = nested if isinstance(nested, dict) else metrics
-    known = (*IN_USE, *LEFT_OUT)
-    return {
-        key: int(value)
-        for key, value in source.items()
-        if isinstance(value, int) and not isinstance(value, bool) and (source is nested or key in known)
-    }
+def snapshot_counts(job: Json, made: Json | None) -> dict[str, int]:
+    """How many preferences the job's snapshot used and left out, as the job says or the version that it made."""
+    counts = (job.get("metrics") or {}).get("snapshot") or ((made or {}).get("metrics") or {}).get("counts") or {}
+    return {key: int(value) for key, value in counts.items() if key != "total"}
 
 
 def _snapshot(counts: dict[str, int]) -> str:
     if not counts:
-        return "not taken yet"
+        return "none was taken"
     used = ", ".join(f"{count} {name}" for name, count in counts.items() if name in IN_USE)
     left = ", ".join(f"{count} {name}" for name, count in counts.items() if name not in IN_USE and count)
     return f"{used or 'nothing used'}; left out: {left or 'none'}"

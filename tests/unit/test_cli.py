@@ -92,11 +92,12 @@ def test_the_home_says_where_its_server_is(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_why_names_reason_snapshot_and_rollout(run: Run) -> None:
-    done = job(version="v2", metrics={"snapshot": {"used": 57, "held_out": 6, "tie": 3, "both_bad": 0, "duplicate": 1}})
+    counts = {"total": 67, "used": 57, "held_out": 6, "tie": 3, "both_bad": 0, "duplicate": 1}
     failed = rollout("failed", reason="the probe differs by 0.9 nats", finished_at=0.0)
     answers: dict[str, Answer] = {
         "GET /noria/v1/status": status(),
-        "GET /noria/v1/jobs": page(done),
+        "GET /noria/v1/jobs": page(job(version="v2")),
+        "GET /noria/v1/versions/v2": {"id": "v2", "metrics": {"counts": counts}},
         "GET /noria/v1/rollouts": page(failed),
     }
     code, out, _ = run("why", answers=answers)
@@ -134,6 +135,7 @@ def test_retrain_asks_for_what_was_said(run: Run) -> None:
         (job(version="v2"), 0, "job_1 succeeded, made v2"),
         (job("failed", stage="train", error={"message": "loss is nan"}), 6, "failed at stage train: loss is nan"),
         (job("cancelled", stage="merge"), 5, "cancelled at stage merge"),
+        (job(version="v2", metrics={"rollout": {"state": "failed", "reason": "NaN"}}), 5, "its rollout failed: NaN"),
     ],
 )
 def test_a_waited_for_job_is_the_exit_status(run: Run, ended: dict[str, object], status_code: int, said: str) -> None:
