@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -165,3 +166,14 @@ def test_a_snapshot_outlives_its_preferences(judged: Store) -> None:
     assert judged.get_snapshot("snap_2").train == (made.id,)
     with pytest.raises(NotFound, match="snap_3"):
         judged.get_snapshot("snap_3")
+
+
+def test_an_exported_preference_is_taken_in_once_with_its_id_and_time(judged: Store, clock: Clock) -> None:
+    made, _ = judged.add_preference(ONE, TWO, annotator="u")
+    judged.delete_preference(made.id)
+    clock.now += 500
+    assert judged.import_preference(made)
+    assert not judged.import_preference(made)
+    assert judged.list_preferences() == [made]
+    with pytest.raises(NotFound, match="'nope'"):
+        judged.import_preference(replace(made, id="pref_x", chosen=Side("nope", 0)))
