@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -169,7 +169,7 @@ def last_event_id(request: Request) -> int:
     return int(text)
 
 
-async def server_sent(first: Json | None, events: AsyncIterator[Json]) -> AsyncIterator[str]:
+async def server_sent(first: Json | None, events: AsyncIterator[Json]) -> AsyncGenerator[str, None]:
     """Each event as `id`, `event` and `data` lines; a comment now and then keeps proxies from closing the line."""
     if first is not None:
         yield event_text(first)

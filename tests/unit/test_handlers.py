@@ -16,7 +16,7 @@ from noria.records import Choice, Completion, Image, Json, ProcessInfo, Side, Sn
 from noria.registry import ManifestDraft, Registry
 from noria.settings import Settings
 from noria.store import Store
-from serve.api import judgements
+from serve.api import http, judgements
 from serve.api.handlers import Handlers
 
 
@@ -223,6 +223,22 @@ async def test_watching_sees_every_event_once_and_ends_with_the_job(bench: Bench
     assert rest[2]["data"]["state"] == "failed"
     with pytest.raises(NotFound):
         await bench.handlers.watch_job("job_none")
+
+
+async def test_a_quiet_event_stream_is_kept_open(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comments between events; closing it ends the watching inside."""
+    monkeypatch.setattr(http, "KEEP_ALIVE_S", 0.01)
+    job = bench.store.create_job("dpo")
+    events = await bench.handlers.watch_job(job.id)
+    lines = http.server_sent(None, events)
+    first = await anext(lines)
+    while first.startswith(":"):
+        first = await anext(lines)
+    assert first.startswith('id: 1\nevent: state\ndata: {"job_id": "job_')
+    assert await anext(lines) == ": keep-alive\n\n"
+    await lines.aclose()
+    await asyncio.sleep(0)
+    assert [event async for event in events] == []
 
 
 async def test_rollouts_and_rollback(bench: Bench) -> None:

@@ -1,7 +1,7 @@
 """What every gRPC call shares: errors from the one table, the version in the metadata, the bearer key.
 
 Comes in: a call's context. Goes out: a status with OpenAI's error object in the trailing metadata.
-Must not import vllm or fastapi.
+Must not import vllm.
 """
 
 from __future__ import annotations

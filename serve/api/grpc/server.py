@@ -1,7 +1,7 @@
 """Puts the services, health and reflection on one grpc.aio server, in the event loop that also serves HTTP.
 
 Comes in: the handlers, a chat backend, an address. Goes out: a server that is bound but not started, and its port.
-Must not import vllm or fastapi.
+Must not import vllm.
 """
 
 from __future__ import annotations
