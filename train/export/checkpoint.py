@@ -153,7 +153,7 @@ def rewrite(source: Path, out: Path, replace: Callable[[TensorEntry], list[NewTe
     """Writes `source`'s weight files anew into `out`.
 
     `replace` is asked for each tensor, in file order, and answers None (its bytes are copied as they are) or what
-    stands in its place. File names stay; the index is written again. Memory holds one file's replaced tensors.
+    stands in its place (nothing, one tensor or several). File names stay; the index is written again. Memory holds one file's replaced tensors.
     """
     entries = tensor_index(source)
     weight_map: dict[str, str] = {}
@@ -163,7 +163,8 @@ def rewrite(source: Path, out: Path, replace: Callable[[TensorEntry], list[NewTe
         ordered = sorted((e for e in entries.values() if e.file == file), key=lambda e: e.begin)
         parts: list[TensorEntry | NewTensor] = []
         for entry in ordered:
-            parts.extend(replace(entry) or [entry])
+            replaced = replace(entry)
+            parts.extend([entry] if replaced is None else replaced)
         _write_file(out / file.name, parts, header.get("__metadata__", {"format": "pt"}))
         weight_map.update({part.name: file.name for part in parts})
         total += sum(_length(part) for part in parts)

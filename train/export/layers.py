@@ -11,7 +11,10 @@ precision, as a difference and added again.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -205,12 +208,11 @@ def _solve(
 def _solver(weight_OI: torch.Tensor, settings: QuantizeSettings) -> Any:
     """gptqmodel's GPTQ for one weight."""
     import torch
-    from gptqmodel.quantization import QuantizeConfig
-    from gptqmodel.quantization.gptq import GPTQ
 
+    make_solver, make_config = _gptqmodel()
     linear = torch.nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(weight_OI, requires_grad=False)
-    config = QuantizeConfig(
+    config = make_config(
         bits=settings.bits,
         group_size=settings.group_size,
         sym=True,
@@ -219,9 +221,21 @@ def _solver(weight_OI: torch.Tensor, settings: QuantizeSettings) -> Any:
         offload_to_disk=False,
         fallback=None,  # a layer that GPTQ cannot solve fails the job; it is not rounded to nearest in silence
     )
-    solver: Any = GPTQ(linear, config)
+    solver = make_solver(linear, config)
     solver.quantizer.configure(perchannel=True)
     return solver
+
+
+def _gptqmodel() -> tuple[Any, Any]:
+    """gptqmodel's solver and its settings class, its banner kept off stdout, where a command prints its JSON."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(os.cpu_count() or 1))  # its pool refuses to start with fewer cores
+    with contextlib.redirect_stdout(sys.stderr):
+        from logbar import LogBar
+
+        LogBar.shared().setLevel("ERROR")
+        from gptqmodel.quantization import QuantizeConfig
+        from gptqmodel.quantization.gptq import GPTQ
+    return GPTQ, QuantizeConfig
 
 
 def _run(layer: nn.Module, tape: _Tape, number: int, sample: int) -> torch.Tensor:

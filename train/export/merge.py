@@ -91,9 +91,9 @@ def _read_adapter(folder: Path, arch: Architecture, index: Mapping[str, TensorEn
         factors.setdefault(match["module"], {})[match["side"]] = entry
     updates = {}
     for module, sides in factors.items():
-        target = arch.to_checkpoint(f"{module}.weight", index)
-        if arch.module_of(f"{module}.weight") != "language_model" or target not in index:
+        if not arch.lm_linears([f"{module}.weight"]):
             raise TrainingError(f"the adapter in {folder} changes {module}, which is no linear of the language model")
+        target = arch.to_checkpoint(f"{module}.weight", index)
         updates[target] = _update(module, sides, config, index[target])
     return updates
 

@@ -68,7 +68,7 @@ def _ask(model: Any, processor: Any, question: str, picture: Image | None) -> Pr
 
     content = [{"type": "image"}] if picture is not None else []
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    text = render(processor, messages, prompt=True)
+    text = render(processor, messages)
     images = [picture] if picture is not None else []
     inputs = to_device(encode_text(processor, text, images), model)
     length = inputs["input_ids"].shape[1]

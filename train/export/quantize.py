@@ -21,7 +21,7 @@ from typing import Any
 
 from noria.errors import IntegrityError, TrainingError, UnsupportedModel
 from noria.modules import Architecture, architecture_of
-from noria.records import Json
+from noria.records import Json, Module
 from noria.settings import QuantizeSettings
 from train.export.checkpoint import (
     NewTensor,
@@ -35,7 +35,7 @@ from train.export.checkpoint import (
 from train.export.layers import QuantisedLinear, quantise_layers
 from train.export.rendering import CalibrationSample, encode
 
-FROZEN = ("vision_tower", "aligner")
+FROZEN: tuple[Module, ...] = ("vision_tower", "aligner")
 _LINEAR_MULTIPLE = 32  # vLLM's CPU kernel takes no other sizes
 _FLOATS = {"F32": "float16", "F16": "float16", "BF16": "bfloat16"}  # stored dtype -> dtype of the scales
 
@@ -75,7 +75,7 @@ def quantize(
     index = tensor_index(merged)
     frozen = _frozen_hashes(arch, index, tensor_index(source))
     model = load_model(merged)
-    linears = [name.removesuffix(".weight") for name in arch.lm_linears([n for n, _ in model.named_parameters()], "hf")]
+    linears = arch.lm_linears([name for name, _ in model.named_parameters()], "hf")
     names = {linear: arch.to_checkpoint(f"{linear}.weight", index).removesuffix(".weight") for linear in linears}
     _check_sizes(names.values(), index, settings)
     inputs = _inputs(model, merged, calibration, settings)
@@ -179,7 +179,7 @@ def _quantization_config(arch: Architecture, settings: QuantizeSettings) -> Json
     vLLM finds the quantised linears by their tensors (its `modules_in_block_to_quantize` matches substrings, so that
     a name like `self_attn.q_proj` would also hit the tower's; it is left out for that reason).
     """
-    skipped = [prefix.rstrip(".") for module in FROZEN for prefix in arch.frozen_prefixes(module)]
+    skipped = sorted({prefix for module in FROZEN for prefix in arch.prefixes(module)})
     return {
         "quant_method": "gptq",
         "bits": settings.bits,
@@ -189,7 +189,7 @@ def _quantization_config(arch: Architecture, settings: QuantizeSettings) -> Json
         "lm_head": False,
         "checkpoint_format": "gptq",
         "damp_percent": settings.damp,
-        "dynamic": {f"-:^{re.escape(prefix)}\\.": {} for prefix in sorted(set(skipped))},
+        "dynamic": {f"-:^{re.escape(prefix)}": {} for prefix in skipped},
         "meta": {"quantizer": [f"gptqmodel:{version('gptqmodel')}"]},
     }
 

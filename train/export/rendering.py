@@ -1,6 +1,7 @@
 """From a conversation to a model's inputs, the way the serving engine would see it.
 
-Comes in: OpenAI-shaped messages and the pictures they show. Goes out: the processor's tensors, at most so many tokens.
+Comes in: OpenAI-shaped messages (templated by `train.data.render`) and the pictures they show. Goes out: the
+processor's tensors, at most so many tokens.
 The chat template writes every special token itself, so the tokenizer adds none (vLLM does the same).
 """
 
@@ -11,11 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from noria.records import Json
+from train.data.render import ChatRenderer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-_IMAGE_PARTS = ("image", "image_url", "input_image")
 
 
 @dataclass(frozen=True)
@@ -26,27 +26,12 @@ class CalibrationSample:
     images: list[Image] = field(default_factory=list)
 
 
-def template_messages(messages: Sequence[Json]) -> list[Json]:
-    """Messages as chat templates want them: every content a list of `{"type":"text"}` and `{"type":"image"}` parts."""
-    rendered = []
-    for message in messages:
-        content = message.get("content")
-        parts: list[Json] = [{"type": "text", "text": content}] if isinstance(content, str) else []
-        for part in content if isinstance(content, list) else []:
-            if part["type"] in _IMAGE_PARTS:
-                parts.append({"type": "image"})
-            elif part["type"] == "text":
-                parts.append({"type": "text", "text": part["text"]})
-        rendered.append({**message, "content": parts})
-    return rendered
-
-
-def render(processor: Any, messages: Sequence[Json], *, prompt: bool = False) -> str:
-    """The templated text; with `prompt` it ends where the assistant begins to speak."""
-    text: str = processor.apply_chat_template(
-        template_messages(messages), tokenize=False, add_generation_prompt=prompt
-    )
-    return text
+def render(processor: Any, messages: Sequence[Json]) -> str:
+    """The templated conversation: up to the end of its last answer or, after a question, to where the answer begins."""
+    renderer = ChatRenderer(processor)
+    if not messages or messages[-1].get("role") != "assistant":
+        return renderer.prompt(messages)
+    return renderer.prompt(messages[:-1]) + renderer.answer(messages[:-1], str(messages[-1].get("content") or ""))
 
 
 def encode_text(processor: Any, text: str, images: Sequence[Image]) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def check_tensors(serving: Path, merged: Path) -> tuple[dict[str, TensorEntry], 
     index, before = tensor_index(serving), tensor_index(merged)
     linears = quantised_linears(index)
     arch = architecture_of(json.loads((merged / "config.json").read_text()))
-    expected = {name.removesuffix(".weight") for name in arch.lm_linears(list(before), "checkpoint")}
+    expected = set(arch.lm_linears(before, "checkpoint"))
     wrong = [f"{name} is not quantised" for name in sorted(expected - set(linears))]
     wrong += [f"{name} must not be quantised" for name in sorted(set(linears) - expected)]
     wanted: set[str] = {name for name in before if name.removesuffix(".weight") not in expected}
@@ -147,7 +147,8 @@ def _meant_weights(
     before = tensor_index(merged)
     parameters = dict(model.named_parameters())
     weights = {}
-    for name in arch.lm_linears(list(parameters), "hf"):
+    for linear in arch.lm_linears(parameters, "hf"):
+        name = f"{linear}.weight"
         stored = arch.to_checkpoint(name, before).removesuffix(".weight")
         weight = dequantise(read_packed(index, stored), bits, v1)
         if not bool(torch.isfinite(weight).all()):

@@ -1,0 +1,109 @@
+"""Makes the first version of a base: master in, GPTQ, verified, published.
+
+Comes in: a checkpoint folder, or a master that is already there. Goes out: the manifest of a published version.
+Where the home serves nothing yet, the version becomes live; otherwise a rollout is the operator's word.
+Must not import `serve`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from noria.errors import NoriaError
+from noria.modules import architecture_of
+from noria.registry import Base, Manifest, ManifestDraft, Registry
+from noria.settings import Settings
+from train.data.calibration import fingerprint
+from train.models.conversations import RECIPE, calibration_samples, held_out_samples
+from train.models.intake import Master, check_source, take_in
+
+Progress = Callable[[str, float], None]
+"""Called with a stage's name and its share done, 0 to 1."""
+
+
+def add_model(source: Path, registry: Registry, settings: Settings, name: str | None, progress: Progress) -> Manifest:
+    """Takes a full-precision or GPTQ checkpoint in and publishes its first version.
+
+    The same checkpoint under the same name again gives the version that is there. Raises as `take_in`, `quantize` and
+    `verify` do; nothing of a failed attempt stays but the master.
+    """
+    progress("copy", 0.0)
+    master = take_in(source, settings.masters_dir, name or source.resolve().name)
+    progress("copy", 1.0)
+    return publish_master(master, registry, settings, progress)
+
+
+def publish_master(master: Master, registry: Registry, settings: Settings, progress: Progress) -> Manifest:
+    """Quantises, verifies and publishes a master as a root version, unless one of it is published."""
+    existing = published(registry, master.name, master.sha256)
+    if existing is not None:
+        return _live(registry, existing)
+    staging = registry.begin(f"add-{master.name}")
+    try:
+        draft = _fill(staging, master, settings, progress)
+        progress("publish", 0.0)
+        manifest = registry.publish(staging, draft)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    progress("publish", 1.0)
+    return _live(registry, manifest)
+
+
+def published(registry: Registry, name: str, sha256: str | None = None) -> Manifest | None:
+    """The newest root version of a base that is fit to serve."""
+    registry.reconcile()
+    for version in reversed(registry.list_versions()):
+        if version.parent is not None or version.state == "rejected":
+            continue
+        try:
+            manifest = registry.manifest(version.id)
+        except NoriaError:
+            continue  # a folder that cannot be read serves nobody
+        base = manifest.base
+        if base is not None and base.name == name and sha256 in (None, base.sha256):
+            return manifest
+    return None
+
+
+def _fill(staging: Path, master: Master, settings: Settings, progress: Progress) -> ManifestDraft:
+    from train.export.quantize import quantize
+    from train.export.verify import verify
+
+    train = settings.train
+    architecture = architecture_of(check_source(master.path))
+    samples = calibration_samples(train.quantize.calibration_samples)
+    report = quantize(
+        master.path,
+        master.path,
+        samples,
+        staging / "serving",
+        train.quantize,
+        lambda share: progress("quantize", share),
+    )
+    progress("verify", 0.0)
+    verified = verify(
+        staging / "serving", master.path, held_out_samples(), staging / "probe.json", train.verify
+    )
+    progress("verify", 1.0)
+    return ManifestDraft(
+        method="base",
+        base=Base(name=master.name, path=f"masters/{master.name}", sha256=master.sha256, kind=master.kind),
+        architecture=architecture.name,
+        quantization=report.quantization,
+        calibration={"recipe": RECIPE, "samples": [{"sha256": fingerprint(one.messages)} for one in samples]},
+        metrics={"quantize": _metrics(asdict(report)), "verify": asdict(verified)},
+        frozen=report.frozen,
+    )
+
+
+def _metrics(report: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in report.items() if key not in ("frozen", "quantization")}
+
+
+def _live(registry: Registry, manifest: Manifest) -> Manifest:
+    if registry.live() is None:
+        registry.promote(manifest.id)
+    return manifest
