@@ -5,8 +5,8 @@ samples themselves. References and not texts are kept: what a user has deleted s
 Must not import torch.
 
 The recipe: chosen answers of training pairs first, evenly spread over them, since that is what the new policy is to
-say; recent answers of the live model fill up, finished ones only. Verification takes held-out pairs; where there are
-too few, recent conversations that calibration did not take; where none are left, calibration's own, and says so.
+say; recent finished answers to prompts of the training side fill up. Verification takes held-out pairs; where there
+are too few, recent conversations that calibration did not take; where none are left, calibration's own, and says so.
 """
 
 from __future__ import annotations
@@ -22,18 +22,26 @@ from train.data.pairs import LoadImage
 from train.data.render import image_hashes
 from train.export.rendering import CalibrationSample
 
-RECIPE = "chosen answers of training pairs, evenly spread, then recent finished completions"
+RECIPE = "chosen answers of training pairs, evenly spread, then recent completions of prompts that are not held out"
 
 
 def choose(
-    train: Sequence[Pair], held_out: Sequence[Pair], recent: Sequence[Completion], counts: tuple[int, int]
+    train: Sequence[Pair],
+    held_out: Sequence[Pair],
+    recent: Sequence[Completion],
+    counts: tuple[int, int],
+    aside: Callable[[str], bool],
 ) -> Json:
-    """References for calibration and verification; `counts` is how many of each are wanted."""
+    """References for calibration and verification; `counts` is how many of each are wanted.
+
+    `aside` says of a prompt's hash that it is held out: calibration never sees such a prompt.
+    """
     wanted, checked = counts
     half = wanted if not recent else max(1, (wanted + 1) // 2)
     calibration = [_of_pair(pair) for pair in _spread(train, half)]
-    others = [_of_completion(one) for one in recent if one.finished and one.choices and one.choices[0].text.strip()]
-    calibration += others[: wanted - len(calibration)]
+    answered = [one for one in recent if one.finished and one.choices and one.choices[0].text.strip()]
+    others = [_of_completion(one) for one in answered]
+    calibration += [_of_completion(one) for one in answered if not aside(one.prompt_hash)][: wanted - len(calibration)]
     calibration += [_of_pair(pair) for pair in train if _of_pair(pair) not in calibration][: wanted - len(calibration)]
     fresh = [reference for reference in others if reference not in calibration]
     verification = [_of_pair(pair) for pair in _spread(held_out, checked)]

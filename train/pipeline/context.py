@@ -53,7 +53,9 @@ class JobContext:
         return self.settings.jobs_dir / self.job.id
 
     def begin(self, stage: Stage) -> None:
-        """A stage starts: told at once."""
+        """A stage starts: told at once, with a lease renewed here and now, so that no cancellation is overtaken."""
+        self.check()
+        self.store.heartbeat(self.job.id, self.owner, self.settings.train.lease_s)
         self._reported_at = 0.0
         self.progress(stage, 0.0)
 

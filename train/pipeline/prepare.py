@@ -68,12 +68,15 @@ def _freeze(ctx: JobContext) -> Json:
     frozen = snapshot.freeze(selection, job_id=ctx.job.id, created_at=ctx.job.created_at)
     train, held_out = selection.train, selection.held_out
     counts = (ctx.train.quantize.calibration_samples, ctx.train.verify.samples)
+    samples = calibration.choose(
+        train, held_out, _recent(ctx, sum(counts)), counts, lambda h: snapshot.is_held_out(h, ctx.train.held_out)
+    )
     return {
         **snapshot.canonical(selection),
         "id": frozen.id,
         "sha256": f"sha256:{snapshot.content_hash(selection)}",
         "parent": parent.version,
-        "samples": calibration.choose(train, held_out, _recent(ctx, sum(counts)), counts),
+        "samples": samples,
     }
 
 

@@ -11,10 +11,10 @@ from typing import Literal, cast
 
 from noria.errors import Conflict
 from noria.records import Json, Rollout
-from noria.registry import ManifestDraft
+from noria.registry import STAGING, ManifestDraft
 from train.pipeline.artefact import require_frozen
 from train.pipeline.context import JobContext
-from train.pipeline.files import link_tree, read_json
+from train.pipeline.files import link_tree, read_json, remove
 from train.pipeline.prepare import parent_of
 
 SERVER_FRESH_S = 15.0
@@ -23,7 +23,8 @@ POLL_S = 0.5
 
 def publish(ctx: JobContext) -> Json:
     """Publishes once: a job that has a version already gets that one."""
-    ctx.check()
+    for left in ctx.settings.models_dir.glob(f"{STAGING}{ctx.job.id}-*"):  # by an attempt that was killed here
+        remove(left)
     staging = ctx.registry.begin(ctx.job.id)
     for name in ("adapter", "serving"):
         link_tree(ctx.folder / name, staging / name)

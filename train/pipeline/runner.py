@@ -53,7 +53,6 @@ def _run_stages(ctx: JobContext, pipeline: Mapping[Stage, RunStage]) -> None:
     ctx.folder.mkdir(parents=True, exist_ok=True)
     ctx.done = dict(ctx.job.done)
     for stage in STAGES:
-        ctx.check()
         if stage in ctx.done:
             ctx.log.event("stage_done_before", job_id=ctx.job.id, stage=stage)
             continue
