@@ -15,10 +15,11 @@ from typing import Annotated
 import typer
 
 from noria import __version__
-from noria.cli import config, jobs, operate, run, versions
+from noria.cli import config, jobs, models, operate, run, versions
 from noria.cli.context import Place, say
 from noria.cli.doctor import command as doctor
 from noria.cli.prefs import command as prefs
+from noria.cli.up import command as up
 from noria.errors import NoriaError, wire_of
 
 INTERRUPTED = 130
@@ -30,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(up.app)
 app.add_typer(run.app)
 app.add_typer(operate.app)
 app.add_typer(versions.app)
@@ -37,7 +39,7 @@ app.add_typer(versions.group, name="versions")
 app.add_typer(jobs.app)
 app.add_typer(jobs.group, name="jobs")
 app.add_typer(prefs.group, name="prefs")
-app.add_typer(run.model_group, name="model")
+app.add_typer(models.group, name="model")
 app.add_typer(config.group, name="config")
 app.add_typer(doctor.app)
 

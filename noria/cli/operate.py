@@ -62,7 +62,8 @@ def explain(told: Json, job: Json | None, made: Json | None, rollout: Json | Non
     elif not trainer["alive"]:
         training = "has not started: no trainer runs; start one with `noria up` or `noria train`"
     else:
-        training = f"has not started: {trainer.get('idle_reason') or 'the trainer looks for work'}"
+        reason = trainer.get("idle_reason") or "the trainer looks for work"
+        training = f"has not started: {reason.removeprefix('idle: ')}"
     parts: dict[str, Json] = {
         "training": {"text": training, "alive": trainer["alive"], "idle_reason": trainer.get("idle_reason")},
         "preferences": {"text": _preferences(counts), **counts},
@@ -97,7 +98,10 @@ def _preferences(counts: Json) -> str:
 def _trainer(trainer: Json, job: Json | None) -> str:
     if not trainer["alive"]:
         return "not running"
-    return "works" if job else f"idle: {trainer.get('idle_reason') or 'looks for work'}"
+    if job:
+        return "works"
+    reason = trainer.get("idle_reason") or "looks for work"
+    return f"idle: {reason.removeprefix('idle: ')}"
 
 
 def _job(job: Json | None) -> str | None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from noria.cli import supervisor
-from noria.cli.supervisor import Child, Stop, Supervisor, run_once
+from noria.cli.up import supervisor
+from noria.cli.up.supervisor import Child, Stop, Supervisor, run_once
 
 STUBBORN = """
     import pathlib, signal, subprocess, sys, time
@@ -130,7 +130,7 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
             textwrap.dedent(
                 """
                 import os, sys
-                from noria.cli.supervisor import Child, Stop, Supervisor
+                from noria.cli.up.supervisor import Child, Stop, Supervisor
                 code = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
                 one = Child("child", [sys.executable, "-c", code, sys.argv[1]], dict(os.environ))
                 Supervisor([one], Stop(), stop_s=1, tell=print).run()

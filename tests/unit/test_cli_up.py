@@ -21,19 +21,25 @@ from noria.store import Store
 from tests.unit.test_cli_supervisor import eventually, lives
 
 TRAIN = """
-    import os, pathlib, sys, time
-    from noria.records import Version
+    import os, sys, time
+    from noria.registry import Base, ManifestDraft, Registry
     from noria.settings import load_settings
     from noria.store import Store
     home = load_settings().home
     with (home / "train.log").open("a") as log:
         log.write(f"{os.getpid()} {' '.join(sys.argv[1:])}\\n")
     if sys.argv[1:2] == ["model"]:
-        if sys.argv[-1].endswith("broken"):
+        name = "embedded" if "embedded" in sys.argv else sys.argv[sys.argv.index("--name") + 1]
+        if name == "broken":
             sys.exit(6)
         with Store.open(load_settings().store_url) as store:
-            store.add_version(Version("v1", None, "candidate", "import", None, time.time()))
-            store.promote("v1")
+            registry = Registry(load_settings().models_dir, store)
+            folder = registry.begin(name)
+            (folder / "weights").write_text(name)
+            base = Base(name=name, path=f"masters/{name}")
+            made = registry.publish(folder, ManifestDraft(base=base, method="import", architecture="llava"))
+            if registry.live() is None:
+                registry.promote(made.id)
         sys.exit(0)
     time.sleep(120)
 """
@@ -82,9 +88,25 @@ class Up:
         told: dict[str, Any] = json.loads((self.home / "server.json").read_text())
         return told
 
+    def stop(self) -> None:
+        """Waits until it is up, then ends it as an operator would."""
+        begun = len(self._lines("serve"))
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() != ""
+        eventually(lambda: len(self._lines("train")) > 0 and len(self._lines("serve")) >= max(begun, 1))
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(20) == 0
+
     def _lines(self, half: str) -> list[str]:
         file = self.home / f"{half}.log"
         return file.read_text().splitlines() if file.exists() else []
+
+
+def checkpoint(home: Path, name: str) -> str:
+    """A folder that may be taken in."""
+    folder = home.parent / "checkpoints" / name
+    folder.mkdir(parents=True)
+    return str(folder)
 
 
 @pytest.fixture
@@ -140,23 +162,39 @@ def test_a_second_up_on_one_home_is_refused(home: Path) -> None:
 
 
 def test_a_model_that_cannot_be_built_ends_it(home: Path) -> None:
-    up = Up(home, "--model", "/models/broken")
+    up = Up(home, "--model", checkpoint(home, "broken"))
     _, said = up.process.communicate(timeout=20)
     assert up.process.returncode == 6
     assert "the model was not built (status 6)" in said
     assert up.log("serve") == []
 
 
-def test_a_checkpoint_is_taken_in_where_there_is_none_and_refused_where_there_is(home: Path) -> None:
-    up = Up(home, "--model", "/models/llava")
-    up.ready()
-    assert up.log("train")[0] == "model add /models/llava"
-    assert "--model" not in up.log("serve")[0]
-    up.process.send_signal(signal.SIGTERM)
-    assert up.process.wait(20) == 0
-    other = Up(home, "--model", "/models/qwen")
-    _, said = other.process.communicate(timeout=20)
-    assert other.process.returncode == 5
-    assert "this home already serves v1" in said
+def test_a_checkpoint_is_taken_in_once_and_a_rollout_since_then_holds(home: Path) -> None:
+    llava = checkpoint(home, "llava")
+    up = Up(home, "--model", llava)
+    up.stop()
+    assert up.log("train")[0] == f"model add {llava} --name llava"
+    assert up.log("serve")[0].endswith("--model llava")
+    again = Up(home, "--model", llava)
+    again.stop()
+    assert len([line for line in again.log("train") if line]) == 1
+    assert "--model" not in again.log("serve")[1]
+
+
+def test_another_checkpoint_is_taken_in_beside_the_first_and_served(home: Path) -> None:
+    Up(home).stop()
+    other = Up(home, "--model", checkpoint(home, "qwen"))
+    other.stop()
+    assert other.log("serve")[1].endswith("--model qwen")
     with Store.open(f"sqlite:///{home / 'noria.db'}") as store:
-        assert [one.id for one in store.list_versions()] == ["v1"]
+        assert [one.id for one in store.list_versions()] == ["v1", "v2"]
+    back = Up(home, "--model", "v1")
+    back.stop()
+    assert back.log("serve")[2].endswith("--model v1")
+
+
+def test_a_model_that_is_nowhere_is_said(home: Path) -> None:
+    up = Up(home, "--model", "/models/none")
+    _, said = up.process.communicate(timeout=20)
+    assert up.process.returncode == 4
+    assert said == "noria: /models/none is neither a folder nor a hub id like org/name\n"

@@ -1,0 +1,1 @@
+"""`noria up`: the server and the trainer, kept running together."""
