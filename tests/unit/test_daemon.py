@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -351,3 +353,16 @@ def test_keep_merged_keeps_the_merged_model(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     clean(tmp_path, keep_merged=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
+
+
+def test_a_waiting_trainer_has_not_loaded_torch() -> None:
+    code = "import sys, train.daemon, train.pipeline.runner; sys.exit('torch' in sys.modules or 'serve' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_unknown_subcommand_is_answered_with_the_usage() -> None:
+    told = subprocess.run([sys.executable, "-m", "train", "dance"], capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stderr.splitlines()[0]) == (
+        2,
+        "usage: python -m train            run the trainer daemon",
+    )
