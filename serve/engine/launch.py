@@ -8,10 +8,11 @@ before its eight seconds of import.
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
 from argparse import Namespace
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,16 @@ def parse_flags(flags: list[str]) -> Namespace:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    said = io.StringIO()
     try:
-        args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
-        validate_parsed_serve_args(args)
+        with redirect_stderr(said):  # the parser prints two hundred lines of usage before its one line of reason
+            args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
+            validate_parsed_serve_args(args)
     except (SystemExit, TypeError, ValueError) as error:
-        raise SettingsError(f"vLLM refuses its arguments {flags}: {error}", param="engine.args") from error
+        reason = said.getvalue().rpartition("error: ")[2].strip() or str(error)
+        raise SettingsError(
+            f"vLLM refuses its arguments: {reason}\n(they were {flags})", param="engine.args"
+        ) from error
     return args
 
 
