@@ -274,17 +274,14 @@ def test_a_non_finite_gradient_stops_before_the_step(
     tiny_vlm: Path, pairs: list[TextPair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss is finite and its gradient is not: an infinite factor appears on the way back only."""
-    from train.methods import dpo
-
-    loaded = dpo.load_policy
 
     def poisoned(*args: Any) -> Any:
-        model = loaded(*args)
+        model = load_policy(*args)
         norm = model.model.language_model.norm
         norm.register_full_backward_hook(lambda module, grads, _: tuple(g * float("inf") for g in grads))
         return model
 
-    monkeypatch.setattr(dpo, "load_policy", poisoned)
+    monkeypatch.setattr("train.methods.dpo.load_policy", poisoned)
     with pytest.raises(TrainingError, match=r"gradient of .*lora_.* is not finite.*batch: pref_\d, pref_\d") as stopped:
         run(tiny_vlm, pairs, tmp_path / "adapter")
     assert stopped.value.code == "non_finite"

@@ -34,8 +34,8 @@ def kept(rows: list[Row]) -> list[str]:
     return [pair.preference_id for pair in select(rows, held_out=0.0).train]
 
 
-def nonzero(rows: list[Row], **options: float) -> dict[str, int]:
-    return {reason: n for reason, n in select(rows, held_out=0.0, **options).counts.items() if n}
+def nonzero(rows: list[Row]) -> dict[str, int]:
+    return {reason: n for reason, n in select(rows, held_out=0.0).counts.items() if n}
 
 
 def test_ties_and_both_bad_are_left_out_and_counted() -> None:
@@ -141,7 +141,8 @@ def test_the_snapshot_is_its_content() -> None:
 def test_a_pairs_digest_covers_prompt_and_both_texts() -> None:
     _, pair = row(1)
     assert pair is not None
-    others = [dataclasses.replace(pair, **{key: "z"}) for key in ("prompt_hash", "chosen", "rejected")]
+    replace = dataclasses.replace
+    others = [replace(pair, prompt_hash="z"), replace(pair, chosen="z"), replace(pair, rejected="z")]
     assert len({pair_digest(one) for one in [pair, *others]}) == 4
 
 
