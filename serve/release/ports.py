@@ -24,12 +24,8 @@ class Engine(Protocol):
         """Calls a method of every worker; one result each."""
         ...
 
-    async def reset_prefix_cache(self) -> bool:
+    async def reset_prefix_cache(self, reset_running_requests: bool = ..., reset_connector: bool = ...) -> bool:
         """Forgets KV blocks of earlier prompts; False when some are still in use."""
-        ...
-
-    async def reset_mm_cache(self) -> None:
-        """Forgets processed images."""
         ...
 
     async def reset_encoder_cache(self) -> None:

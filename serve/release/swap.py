@@ -2,6 +2,10 @@
 
 Comes in: the raw engine and folders of validated checkpoints. Goes out: seconds, or an error that says whether the
 engine is whole. The caller has closed the gate. Must not import vllm.
+
+The cache of processed images stays: it holds pixels, which no weight has touched, in two halves that mirror each other
+(vLLM 0.31). A request that waits at the gate has met the half in this process already and sends only a hash where it
+found its image; clearing the halves now would end that request with an error (`Expected a cached item`).
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ class Swapper:
         The gate is empty, so nothing should run; what came in beside the gate gets `wait_s` to end.
         """
         try:
-            await asyncio.wait_for(self._engine.pause_generation(mode="wait"), wait_s)
+            await asyncio.wait_for(self._engine.pause_generation(mode="wait", clear_cache=False), wait_s)
         except TimeoutError:
             await self._engine.resume_generation()  # a pause whose caller gives up lasts (vLLM 0.31)
             raise Unavailable(
@@ -59,7 +63,7 @@ class Swapper:
         Works on a paused and on a running engine. Raises whatever failed: the engine is lost then.
         """
         started = time.perf_counter()
-        await asyncio.wait_for(self._engine.pause_generation(mode="abort"), RELOAD_LIMIT_S)
+        await asyncio.wait_for(self._engine.pause_generation(mode="abort", clear_cache=False), RELOAD_LIMIT_S)
         await self._reload(serving)
         await self._call("zero_kv_cache")
         await self._forget()
@@ -75,6 +79,7 @@ class Swapper:
         return await asyncio.wait_for(self._engine.collective_rpc(method, args=args), RELOAD_LIMIT_S)
 
     async def _forget(self) -> None:
-        await self._engine.reset_prefix_cache()
-        await self._engine.reset_mm_cache()
+        """The old weights' keys, values and image features."""
+        if not await self._engine.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
+            raise ReloadFailed("the engine still holds keys and values of the old weights")
         await self._engine.reset_encoder_cache()

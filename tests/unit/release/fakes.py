@@ -75,6 +75,7 @@ class FakeEngine:
     nan: bool = False
 
     async def pause_generation(self, *, mode: Any = "abort", clear_cache: bool = True) -> None:
+        assert not clear_cache, "requests at the gate rely on the cache of processed images"
         self._call(f"pause {mode}")
         self.paused = True
         if self.hang_on_pause:
@@ -96,12 +97,8 @@ class FakeEngine:
             self.loaded = path
         return [{"error": error, "seconds": 0.0}]
 
-    async def reset_prefix_cache(self) -> bool:
-        self._call("reset prefix")
-        return True
-
-    async def reset_mm_cache(self) -> None:
-        self._call("reset mm")
+    async def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        return self._call("reset prefix") is None
 
     async def reset_encoder_cache(self) -> None:
         self._call("reset encoder")

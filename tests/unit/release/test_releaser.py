@@ -19,8 +19,8 @@ from serve.engine.versions import ServingVersion, Trace, VersionGate
 from serve.release.releaser import EngineLost, Releaser
 from tests.unit.release.fakes import FakeEngine, publish
 
-SWAP = ["pause wait", "reload v2", "reset prefix", "reset mm", "reset encoder", "resume", "probe text", "probe image"]
-BACK = ["pause abort", "reload v1", "zero", "reset prefix", "reset mm", "reset encoder", "resume"]
+SWAP = ["pause wait", "reload v2", "reset prefix", "reset encoder", "resume", "probe text", "probe image"]
+BACK = ["pause abort", "reload v1", "zero", "reset prefix", "reset encoder", "resume"]
 OLD_PROBE = ["probe text", "probe image"]
 
 
@@ -164,6 +164,15 @@ async def test_a_failed_reload_puts_the_old_version_back(world: World, fault: st
     assert world.store.get_version("v2").state == "candidate"
 
 
+async def test_keys_of_old_weights_that_stay_are_a_failure(world: World) -> None:
+    publish(world.registry, 2.0)
+    world.engine.faults["reset prefix"] = "in use"
+    rollout = world.rollout("v2")
+    with pytest.raises(EngineLost):
+        await world.releaser.step()
+    assert "still holds keys and values" in (world.ended(rollout).reason or "")
+
+
 async def test_a_probe_that_disagrees_puts_the_old_version_back(world: World) -> None:
     publish(world.registry, 2.0, expected=2.5)
     rollout = world.rollout("v2")
@@ -289,7 +298,7 @@ async def test_a_live_version_that_does_not_load_is_tried_once(world: World) -> 
 async def test_a_server_that_stops_in_a_swap_answers_nobody_with_half_a_version(world: World) -> None:
     publish(world.registry, 2.0)
     rollout = world.rollout("v2")
-    world.engine.faults["reset mm"] = asyncio.CancelledError()
+    world.engine.faults["reset encoder"] = asyncio.CancelledError()
     with contextlib.suppress(asyncio.CancelledError):
         await world.releaser.step()
     with pytest.raises(Unavailable, match="stopping"):
