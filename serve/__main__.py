@@ -7,11 +7,11 @@ environment is set: the engine's process imports this module again.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 
 from noria.errors import NoriaError, wire_of
 from noria.settings import Settings, load_settings
+from serve.logs import configure_logs
 
 
 def parse(argv: list[str]) -> tuple[Settings, str | None]:
@@ -29,7 +29,7 @@ def parse(argv: list[str]) -> tuple[Settings, str | None]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the server; the exit code is 0 after SIGTERM."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    configure_logs()
     try:
         settings, model = parse(sys.argv[1:] if argv is None else argv)
         settings.home.mkdir(parents=True, exist_ok=True)
