@@ -87,17 +87,18 @@ def _turn(url: str, noria: NoriaClient, clock: Clock, console: Console) -> DemoR
     with clock.time("held-out answers after"):
         after = _answers(client, HELD_OUT, 7001, console, f"held-out answers of {new}")
     rollout = next(one for one in noria.rollouts() if one["version"] == new)
-    counts = job["metrics"]
+    metrics = job["metrics"]
+    counts = noria.version(new)["metrics"]["counts"]
     return DemoResult(
         stages=clock.stages,
         preferences=preferences,
-        training_pairs=counts["training_pairs"],
-        held_out_pairs=counts["held_out_pairs"],
+        training_pairs=metrics["pairs"],
+        held_out_pairs=counts["held_out"],
         loss_first=steps[0]["loss"],
         loss_last=steps[-1]["loss"],
         before=_compare(second, first),
         after=_compare(after, first),
-        quantisation_kl=counts.get("kl"),
+        quantization_kl=metrics["mean_kl"],
         swap_pause_s=rollout["metrics"]["pause_s"],
         slowest_request_s=background.slowest_s,
         requests=asked + 3 * len(HELD_OUT) + background.answered + len(background.failures),

@@ -27,7 +27,7 @@ class DemoResult:
     loss_last: float
     before: WinRate
     after: WinRate
-    quantisation_kl: float | None
+    quantization_kl: float
     swap_pause_s: float
     slowest_request_s: float
     requests: int
@@ -54,8 +54,7 @@ def table(result: DemoResult) -> Table:
     out.add_row("preferences recorded", str(result.preferences))
     out.add_row("pairs trained on / held out", f"{result.training_pairs} / {result.held_out_pairs}")
     out.add_row("loss, first and last step", f"{result.loss_first:.4f} -> {result.loss_last:.4f}")
-    if result.quantisation_kl is not None:
-        out.add_row("KL of GPTQ to the merged model", f"{result.quantisation_kl:.4f} nats per token")
+    out.add_row("KL of GPTQ to the merged model", f"{result.quantization_kl:.4f} nats per token")
     out.add_section()
     out.add_row(f"win rate before ({old} against {old})", _rate(result.before))
     out.add_row(f"win rate after ({new} against {old})", _rate(result.after))
