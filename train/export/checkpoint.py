@@ -21,7 +21,19 @@ from noria.errors import IntegrityError, UnsupportedModel
 
 INDEX_NAME = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
-BYTES_OF = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+BYTES_OF = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 _CHUNK = 1 << 24
 
 
@@ -153,7 +165,8 @@ def rewrite(source: Path, out: Path, replace: Callable[[TensorEntry], list[NewTe
     """Writes `source`'s weight files anew into `out`.
 
     `replace` is asked for each tensor, in file order, and answers None (its bytes are copied as they are) or what
-    stands in its place (nothing, one tensor or several). File names stay; the index is written again. Memory holds one file's replaced tensors.
+    stands in its place (nothing, one tensor or several). File names stay; the index is written again. Memory holds
+    one file's replaced tensors.
     """
     entries = tensor_index(source)
     weight_map: dict[str, str] = {}

@@ -42,7 +42,9 @@ class PackedLinear:
         return [to_new(f"{prefix}.{suffix}", value) for suffix, value in zip(SUFFIXES, values, strict=True)]
 
 
-def pack(q_OI: torch.Tensor, zeros_OG: torch.Tensor, scales_OG: torch.Tensor, bits: int, v1: bool = True) -> PackedLinear:
+def pack(
+    q_OI: torch.Tensor, zeros_OG: torch.Tensor, scales_OG: torch.Tensor, bits: int, v1: bool = True
+) -> PackedLinear:
     """Packs unsigned integers `q_OI` with their zero points and scales; inputs lie in consecutive equal groups."""
     import torch
 
@@ -69,9 +71,7 @@ def dequantise(packed: PackedLinear, bits: int, v1: bool = True) -> torch.Tensor
     return ((q_IO - zeros_IO).to(torch.float32) * scales_IO).t().contiguous()
 
 
-def expected_shapes(
-    weight_shape: tuple[int, ...], bits: int, group_size: int
-) -> dict[str, tuple[int, ...]]:
+def expected_shapes(weight_shape: tuple[int, ...], bits: int, group_size: int) -> dict[str, tuple[int, ...]]:
     """Shape of each of the four tensors that stand for a weight (O, I)."""
     outputs, inputs = weight_shape
     groups, per_word = inputs // group_size, 32 // bits

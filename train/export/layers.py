@@ -228,7 +228,9 @@ def _solver(weight_OI: torch.Tensor, settings: QuantizeSettings) -> Any:
 
 def _gptqmodel() -> tuple[Any, Any]:
     """gptqmodel's solver and its settings class, its banner kept off stdout, where a command prints its JSON."""
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(os.cpu_count() or 1))  # its pool refuses to start with fewer cores
+    os.environ.setdefault(
+        "GPTQMODEL_CPU_WORKERS", str(os.cpu_count() or 1)
+    )  # its pool refuses to start with fewer cores
     with contextlib.redirect_stdout(sys.stderr):
         from logbar import LogBar
 

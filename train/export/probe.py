@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ANSWER_TOKENS = 8
-_QUESTIONS = (("What is the capital of France?", False), ("What do you see in this picture?", True), ("Count to five.", False))
+_QUESTIONS = (
+    ("What is the capital of France?", False),
+    ("What do you see in this picture?", True),
+    ("Count to five.", False),
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class ProbePrompt:
 
 
 def write_probe(model: Any, processor: Any, path: Path, tolerance_nats: float) -> list[ProbePrompt]:
-    """Asks the model every fixed question and writes its answers. TrainingError when a log-probability is not finite."""
+    """Asks the model every fixed question and writes its answers. TrainingError when one is not finite."""
     import torch
 
     picture = probe_picture()

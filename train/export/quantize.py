@@ -42,7 +42,7 @@ _FLOATS = {"F32": "float16", "F16": "float16", "BF16": "bfloat16"}  # stored dty
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What quantisation did. `frozen` maps tower and aligner to the hash of their tensors; `quantization` is the format.
+    """What quantisation did. `frozen` maps tower and aligner to the hash of their tensors.
 
     `mean_loss` is GPTQ's squared output error per sample, averaged over linears.
     """

@@ -40,7 +40,7 @@ def publish_master(master: Master, registry: Registry, settings: Settings, progr
     """Quantises, verifies and publishes a master as a root version, unless one of it is published."""
     existing = published(registry, master.name, master.sha256)
     if existing is not None:
-        return _live(registry, existing)
+        return make_live(registry, existing)
     staging = registry.begin(f"add-{master.name}")
     try:
         draft = _fill(staging, master, settings, progress)
@@ -49,7 +49,7 @@ def publish_master(master: Master, registry: Registry, settings: Settings, progr
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     progress("publish", 1.0)
-    return _live(registry, manifest)
+    return make_live(registry, manifest)
 
 
 def published(registry: Registry, name: str, sha256: str | None = None) -> Manifest | None:
@@ -84,9 +84,7 @@ def _fill(staging: Path, master: Master, settings: Settings, progress: Progress)
         lambda share: progress("quantize", share),
     )
     progress("verify", 0.0)
-    verified = verify(
-        staging / "serving", master.path, held_out_samples(), staging / "probe.json", train.verify
-    )
+    verified = verify(staging / "serving", master.path, held_out_samples(), staging / "probe.json", train.verify)
     progress("verify", 1.0)
     return ManifestDraft(
         method="base",
@@ -103,7 +101,8 @@ def _metrics(report: dict[str, object]) -> dict[str, object]:
     return {key: value for key, value in report.items() if key not in ("frozen", "quantization")}
 
 
-def _live(registry: Registry, manifest: Manifest) -> Manifest:
+def make_live(registry: Registry, manifest: Manifest) -> Manifest:
+    """Makes the version live where nothing is live yet; returns it."""
     if registry.live() is None:
         registry.promote(manifest.id)
     return manifest

@@ -59,7 +59,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(tokens: list[str], merges: list[str], special: list[int], max_length: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    tokens: list[str], merges: list[str], special: list[int], max_length: int
+) -> PreTrainedTokenizerFast:
     """The fast tokenizer: digits one by one, then GPT-2's byte-level split, then BPE; `<image>` comes last.
 
     `special` are the ids of `tokens` that are control tokens and never come from text bytes.

@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
 def stage_bars() -> Iterator[Progress]:
     """A rich bar for each stage on stderr; where stderr is no terminal, one line when a stage begins and ends."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))

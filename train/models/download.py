@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-import subprocess  # noqa: S404 - pip is run with fixed arguments
+import subprocess
 import sys
 import tempfile
 import zipfile

@@ -14,7 +14,7 @@ from pathlib import Path
 from noria.registry import Manifest, Registry
 from noria.settings import Settings
 from train.export.checkpoint import fsync_tree, tree_hash
-from train.models.add import Progress, publish_master, published
+from train.models.add import Progress, make_live, publish_master, published
 from train.models.download import fetch_gguf
 from train.models.intake import Master, require_disk, settle
 
@@ -25,8 +25,8 @@ _NEEDED_BYTES = 1_200_000_000  # download 200 MB, master 280 MB, version 150 MB,
 def build_embedded(registry: Registry, settings: Settings, progress: Progress) -> Manifest:
     """Builds the embedded model's version where it is missing; stages download, assemble, quantize, verify, publish."""
     existing = published(registry, EMBEDDED)
-    if existing is not None and registry.live() is not None:
-        return existing
+    if existing is not None:
+        return make_live(registry, existing)
     settings.masters_dir.mkdir(parents=True, exist_ok=True)
     return publish_master(_master(settings, progress), registry, settings, progress)
 
