@@ -7,6 +7,8 @@ Must not import torch, vllm, serve or train: it does what a user could do.
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 LEAST_PREFERENCES = 48
 MOST_ROUNDS = 3
-TRAINING_SETTINGS: dict[str, Any] = {"held_out": 0.1, "dpo": {"learning_rate": 1e-4, "epochs": 2.0}}
+TRAINING_SETTINGS: dict[str, Any] = {"held_out": 0.1, "dpo": {"learning_rate": 3e-4, "epochs": 3.0}}
 
 
 class Clock:
@@ -55,6 +57,7 @@ def run(out: Path, home: Path | None = None, *, as_json_text: bool = False) -> i
     Raises NoriaError when a part of the system fails.
     """
     out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
     console = Console(stderr=True)
     clock = Clock()
     home = home or out / time.strftime("home-%Y%m%d-%H%M%S")

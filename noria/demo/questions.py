@@ -29,25 +29,8 @@ _TEMPLATES: tuple[tuple[str, str], ...] = (
     ("{name} eats {fruit} every morning. What does {name} eat? Tell me about it.", "fruit"),
 )
 _NAMES = {
-    "training": [
-        "Anna",
-        "Ben",
-        "Clara",
-        "David",
-        "Emma",
-        "Felix",
-        "Grace",
-        "Henry",
-        "Iris",
-        "Jack",
-        "Kate",
-        "Leo",
-        "Maria",
-        "Noah",
-        "Olivia",
-        "Paul",
-    ],
-    "held_out": ["Quinn", "Rosa", "Simon", "Tara", "Victor", "Wendy", "Zoe", "Adam", "Bella", "Carl", "Dora", "Erik"],
+    "training": ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo"],
+    "held_out": ["Quinn", "Rosa", "Simon", "Tara", "Victor", "Wendy", "Zoe", "Adam"],
 }
 _FILLERS = {
     "colour": ["red", "blue", "green", "yellow", "black", "white", "orange", "purple"],
@@ -72,7 +55,7 @@ def _fill(names: list[str], first_filler: int) -> tuple[Question, ...]:
 
 
 TRAINING: tuple[Question, ...] = _fill(_NAMES["training"], 0)
-"""128 questions whose answers the annotator judges."""
+"""96 questions whose answers the annotator judges."""
 
 HELD_OUT: tuple[Question, ...] = _fill(_NAMES["held_out"], 3)
-"""96 questions, of people never met in training, on which versions are compared."""
+"""64 questions, of people never met in training, on which versions are compared."""

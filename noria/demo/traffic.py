@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CLIENTS = 8
 MAX_TOKENS = 64
+PAUSE_S = 2.0  # between two questions of the background user, who shares two cores with the training
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,15 @@ def connect(url: str) -> OpenAI:
     return OpenAI(base_url=f"{url}/v1", api_key="demo", max_retries=0, timeout=300)
 
 
-def ask(client: OpenAI, question: Question, *, n: int, seed: int, user: str) -> Answered:
-    """Asks one question for n answers at temperature 0.8. Raises openai.OpenAIError when the server refuses."""
+def ask(client: OpenAI, question: Question, *, n: int, seed: int, user: str, max_tokens: int = MAX_TOKENS) -> Answered:
+    """Asks one question for n answers at temperature 0.6. Raises openai.OpenAIError when the server refuses."""
     answer = client.chat.completions.create(
         model="noria",
         messages=[{"role": "user", "content": question.prompt}],
         n=n,
         seed=seed,
-        temperature=0.8,
-        max_tokens=MAX_TOKENS,
+        temperature=0.6,
+        max_tokens=max_tokens,
         user=user,
     )
     version = (answer.system_fingerprint or "").split("-")[0]
@@ -102,7 +103,7 @@ class BackgroundUser:
             started = time.monotonic()
             try:
                 question = self.questions[turn % len(self.questions)]
-                answer = ask(self.client, question, n=1, seed=turn, user="background")
+                answer = ask(self.client, question, n=1, seed=turn, user="background", max_tokens=16)
             except OpenAIError as error:
                 self.failures.append(f"{type(error).__name__}: {error}")
             else:
@@ -110,4 +111,4 @@ class BackgroundUser:
                 self.versions[answer.version] = self.versions.get(answer.version, 0) + 1
             self.slowest_s = max(self.slowest_s, time.monotonic() - started)
             turn += 1
-            self._stop.wait(1.0)
+            self._stop.wait(PAUSE_S)
