@@ -17,7 +17,7 @@ from tests.tiny import build_tiny_vlm
 from train.export.checkpoint import read_bytes, tensor_index
 from train.export.merge import merge
 
-LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS = rf".*language_model.*\.({'|'.join(LINEARS)})"
 
 

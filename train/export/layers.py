@@ -12,6 +12,7 @@ precision, as a difference and added again.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import sys
@@ -232,9 +233,7 @@ def _gptqmodel() -> tuple[Any, Any]:
         "GPTQMODEL_CPU_WORKERS", str(os.cpu_count() or 1)
     )  # its pool refuses to start with fewer cores
     with contextlib.redirect_stdout(sys.stderr):
-        from logbar import LogBar
-
-        LogBar.shared().setLevel("ERROR")
+        importlib.import_module("logbar").LogBar.shared().setLevel("ERROR")
         from gptqmodel.quantization import QuantizeConfig
         from gptqmodel.quantization.gptq import GPTQ
     return GPTQ, QuantizeConfig

@@ -128,7 +128,7 @@ def to_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
 def _frozen_hashes(
     arch: Architecture, merged: Mapping[str, TensorEntry], source: Mapping[str, TensorEntry]
 ) -> dict[str, str]:
-    hashes = {}
+    hashes: dict[str, str] = {}
     for module in FROZEN:
         names = arch.partition(merged, spelling="checkpoint")[module]
         hashes[module] = group_hash(dict(merged), names)

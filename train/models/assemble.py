@@ -2,8 +2,8 @@
 
 Comes in: the GGUF of SmolLM2-135M-Instruct. Goes out: a complete checkpoint folder in bfloat16, in the hub's spelling.
 Tower and aligner are random until they are trained, and the same on every machine: each tensor's numbers come from a
-generator seeded with its name. The aligner's output is scaled to the size of word embeddings, so that a picture that
-means nothing yet does not drown the words around it.
+generator seeded with its name. Until then a picture should disturb the words around it as little as it can: the
+aligner's bias is the embedding of a line break, and its weights add little noise to that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ PICTURE_SIZE, PATCH_SIZE, TOWER_WIDTH, TOWER_LAYERS, TOWER_HEADS = 96, 16, 192, 
 PATCHES = (PICTURE_SIZE // PATCH_SIZE) ** 2
 _VOCAB_MULTIPLE = 64
 _END_ID, _START_ID, _TURN_END_ID = 0, 1, 2  # the ids of the three tokens in SmolLM2's vocabulary
-_TOWER = "vision_tower.vision_model."
+_TOWER, _ALIGNER = "vision_tower.vision_model.", "multi_modal_projector."
+_LINE_BREAK = "Ċ"  # how byte-level BPE writes it
+_NOISE = 0.25  # the picture's part of the aligner's output, in standard deviations of a word embedding
 
 
 def assemble(gguf: Path, out: Path, progress: Callable[[float], None]) -> None:
@@ -38,17 +40,19 @@ def assemble(gguf: Path, out: Path, progress: Callable[[float], None]) -> None:
     sizes = source.sizes
     vocab = -(-(sizes.vocab + 1) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
     tensors: list[NewTensor] = []
-    embedding_std = 0.0
+    embedding = torch.empty(0)
     count = 2 + 9 * sizes.layers
     for done, (name, values) in enumerate(source.tensors(), start=1):
         weight = torch.from_numpy(values.copy())  # the reader maps the file read-only
         if name == "embed_tokens.weight":
-            embedding_std = float(weight.std())
+            embedding = weight
             weight = _with_new_rows(weight, vocab)
         tensors.append(to_new(f"language_model.model.{name}", weight.to(torch.bfloat16)))
         progress(0.9 * done / count)
-    for name, shape, std in _random_shapes(sizes.hidden, embedding_std):
+    for name, shape, std in _random_shapes(sizes.hidden, _NOISE * float(embedding.std())):
         tensors.append(to_new(name, _random(name, shape, std).to(torch.bfloat16)))
+    line_break = embedding[source.tokens.index(_LINE_BREAK)]
+    tensors.append(to_new(f"{_ALIGNER}linear_2.bias", line_break.to(torch.bfloat16)))
     write_file(out / "model.safetensors", sorted(tensors, key=lambda tensor: tensor.name))
     _write_json(out / "config.json", _config(sizes, vocab))
     _write_json(out / "generation_config.json", _generation_config())
@@ -63,8 +67,8 @@ def _with_new_rows(weight: torch.Tensor, vocab: int) -> torch.Tensor:
     return torch.cat([weight, weight.mean(0, keepdim=True).expand(vocab - weight.shape[0], -1)])
 
 
-def _random_shapes(hidden: int, embedding_std: float) -> list[tuple[str, tuple[int, ...], float]]:
-    """Every tensor of tower and aligner: name, shape and standard deviation (0 for biases, -1 for ones)."""
+def _random_shapes(hidden: int, output_std: float) -> list[tuple[str, tuple[int, ...], float]]:
+    """Tensors of tower and aligner but the last bias: name, shape, standard deviation (0 for biases, -1 for ones)."""
     width, inner = TOWER_WIDTH, 4 * TOWER_WIDTH
     rows: list[tuple[str, tuple[int, ...], float]] = [
         (_TOWER + "embeddings.class_embedding", (width,), 1.0),
@@ -78,8 +82,8 @@ def _random_shapes(hidden: int, embedding_std: float) -> list[tuple[str, tuple[i
         norms += [prefix + "layer_norm1", prefix + "layer_norm2"]
         linears += [(f"{prefix}self_attn.{side}_proj", width, width, width**-0.5) for side in ("q", "k", "v", "out")]
         linears += [(prefix + "mlp.fc1", inner, width, width**-0.5), (prefix + "mlp.fc2", width, inner, inner**-0.5)]
-    linears.append(("multi_modal_projector.linear_1", hidden, TOWER_WIDTH, TOWER_WIDTH**-0.5))
-    linears.append(("multi_modal_projector.linear_2", hidden, hidden, embedding_std * hidden**-0.5))
+    linears.append((f"{_ALIGNER}linear_1", hidden, TOWER_WIDTH, TOWER_WIDTH**-0.5))
+    rows.append((f"{_ALIGNER}linear_2.weight", (hidden, hidden), output_std * hidden**-0.5))
     for norm in norms:
         rows += [(norm + ".weight", (width,), -1.0), (norm + ".bias", (width,), 0.0)]
     for name, outputs, inputs, std in linears:

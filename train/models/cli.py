@@ -101,7 +101,9 @@ def _print_version(manifest: Manifest, live: str | None, as_json: bool) -> None:
 
 def _print_masters(settings: Settings, as_json: bool) -> int:
     folders = sorted(p for p in settings.masters_dir.glob("*") if p.is_dir() and not p.name.startswith("."))
-    rows = [{"name": folder.name, "bytes": sum(f.stat().st_size for f in folder.rglob("*"))} for folder in folders]
+    rows: list[Json] = [
+        {"name": folder.name, "bytes": sum(f.stat().st_size for f in folder.rglob("*"))} for folder in folders
+    ]
     if as_json:
         sys.stdout.write(json.dumps(rows) + "\n")
     else:
