@@ -216,12 +216,14 @@ class TrainSettings(Section):
     """Keep the merged full-precision model of each job."""
 
     @model_validator(mode="after")
-    def _tower_frozen(self) -> Self:
-        if self.policy.method == "dpo" and self.modules.vision_tower != "frozen":
-            raise ValueError(
-                f"train.modules.vision_tower={self.modules.vision_tower!r} contradicts train.policy.method='dpo': "
-                "preference methods keep the tower frozen"
-            )
+    def _modules_fit_the_method(self) -> Self:
+        for module, policy in self.modules.model_dump().items():
+            only = "lora" if module == "language_model" else "frozen"
+            if policy != only:
+                raise ValueError(
+                    f"train.modules.{module}={policy!r} contradicts train.policy.method={self.policy.method!r}: "
+                    f"it trains a LoRA on the language model and nothing else; {module} must be {only!r}"
+                )
         return self
 
 
@@ -310,10 +312,21 @@ def load_settings(**flags: Any) -> Settings:
 
     Raises SettingsError, one line per wrong key, each naming the key.
     """
+    _refuse_unknown_environment()
     try:
         return Settings(**{k: v for k, v in flags.items() if v is not None})
     except ValidationError as error:
         raise _settings_error(error, under=()) from error
+
+
+def _refuse_unknown_environment() -> None:
+    """pydantic-settings ignores a variable whose first part it does not know: a slip would go unseen."""
+    for name in os.environ:
+        head, nested, _ = name.removeprefix("NORIA_").lower().partition("__")
+        if name.startswith("NORIA_") and nested and head not in Settings.model_fields:
+            raise SettingsError(
+                f"{name}: there is no section {head!r}; the sections are {', '.join(Settings.model_fields)}", param=name
+            )
 
 
 def override_train(train: TrainSettings, overrides: Mapping[str, Any]) -> TrainSettings:

@@ -9,6 +9,8 @@ import pytest
 from noria.errors import SettingsError
 from noria.settings import Settings, load_settings, override_train
 
+SHIPPED = Path(__file__).parents[2] / "deploy" / "settings"
+
 
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -68,11 +70,29 @@ def test_a_wrong_nested_environment_name_is_refused(monkeypatch: pytest.MonkeyPa
         load_settings()
 
 
+def test_a_wrong_section_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NORIA_SERVR__HTTP_PORT", "1")
+    with pytest.raises(SettingsError, match=r"NORIA_SERVR__HTTP_PORT.*'servr'.*server"):
+        load_settings()
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.toml")), ids=lambda file: file.name)
+def test_every_shipped_file_loads(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "noria.toml").write_bytes(file.read_bytes())
+    assert load_settings(home=tmp_path) != load_settings(home=tmp_path / "empty")
+
+
+def test_files_are_shipped() -> None:
+    assert {"cpu.toml", "one-gpu.toml"} <= {file.name for file in SHIPPED.glob("*.toml")}
+
+
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
         ({"train": {"dpo": {"batch_size": 5, "micro_batch_size": 2}}}, ("dpo.batch_size=5", "dpo.micro_batch_size=2")),
         ({"train": {"modules": {"vision_tower": "full"}}}, ("train.modules.vision_tower", "train.policy.method")),
+        ({"train": {"modules": {"aligner": "lora"}}}, ("train.modules.aligner", "train.policy.method")),
+        ({"train": {"modules": {"language_model": "full"}}}, ("train.modules.language_model", "train.policy.method")),
     ],
 )
 def test_a_conflict_names_both_keys(flags: dict[str, object], names: tuple[str, str]) -> None:
