@@ -23,11 +23,15 @@ PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent
 
 
 def die_with_parent() -> None:
-    """Has Linux kill this process when the fork server ends, which ends when the server does, even by kill -9."""
+    """Has Linux kill this process when its parent ends: the fork server with the server, the engine with both.
+
+    Without it a `kill -9` of the server would leave the engine, and the engine would keep the fork server alive.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if not has_gpu():
     importlib.import_module("vllm.v1.worker.cpu_worker")
 if hasattr(ctypes.CDLL(None), "prctl"):
+    die_with_parent()
     os.register_at_fork(after_in_child=die_with_parent)

@@ -307,6 +307,18 @@ def test_sigterm_lets_running_answers_end_and_loses_nothing(tmp_path: Path) -> N
     assert kept.choices[0].text == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
 
+def test_kill_9_leaves_no_engine_behind(tmp_path: Path) -> None:
+    publish_tiny(tmp_path)
+    with start_server(tmp_path, NORIA_ENGINE__KV_CACHE_GIB="0.25") as server:
+        answer, _ = ask(OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120))
+        httpx.get(f"{server.url}/v1/chat/completions/{answer.id}").raise_for_status()  # committed
+        children = descendants(server.process.pid)
+        assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+        assert len(children) >= 2 and gone(children)
+    with Store.open(f"sqlite:///{tmp_path / 'noria.db'}") as store:
+        assert store.get_completion(answer.id).choices[0].text == answer.choices[0].message.content
+
+
 def descendants(pid: int) -> list[int]:
     """The process's children and theirs."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
