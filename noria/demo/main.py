@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 LEAST_PREFERENCES = 48
 MOST_ROUNDS = 3
-TRAINING_SETTINGS: dict[str, Any] = {"held_out": 0.1, "dpo": {"learning_rate": 3e-4, "epochs": 3.0}}
+TRAINING_SETTINGS: dict[str, Any] = {"held_out": 0.1, "dpo": {"learning_rate": 3e-4, "epochs": 2.0}}
 
 
 class Clock:
@@ -86,9 +86,9 @@ def _turn(url: str, noria: NoriaClient, clock: Clock, console: Console) -> DemoR
         second = _answers(client, HELD_OUT, 8001, console, f"held-out answers of {old}, again")
     with BackgroundUser(connect(url), HELD_OUT) as background:
         job, steps = _retrain(noria, clock, console)
-    new = str(job["version"])
-    with clock.time("held-out answers after"):
-        after = _answers(client, HELD_OUT, 7001, console, f"held-out answers of {new}")
+        new = str(job["version"])
+        with clock.time("held-out answers after"):
+            after = _answers(client, HELD_OUT, 7001, console, f"held-out answers of {new}")
     rollout = next(one for one in noria.rollouts() if one["version"] == new)
     metrics = job["metrics"]
     counts = noria.version(new)["metrics"]["counts"]
@@ -159,7 +159,8 @@ def _retrain(noria: NoriaClient, clock: Clock, console: Console) -> tuple[dict[s
             if event["kind"] == "metrics" and "loss" in data:
                 steps.append(data)
             label = f"job: {stages[-1][0]}" if stages else "job: waiting for the trainer"
-            progress.update(task, description=label, completed=100 * data.get("progress", 0))
+            share = data.get("progress")
+            progress.update(task, description=label, completed=None if share is None else 100 * share)
     ended = noria.job(job["id"])
     if ended["state"] != "succeeded":
         raise TrainingError(f"job {ended['id']} {ended['state']} at stage {ended['stage']}: {ended['error']}")
