@@ -74,6 +74,7 @@ def _fill(staging: Path, master: Master, settings: Settings, progress: Progress)
 
     train = settings.train
     architecture = architecture_of(check_source(master.path))
+    progress("quantize", 0.0)
     samples = calibration_samples(train.quantize.calibration_samples)
     report = quantize(
         master.path,

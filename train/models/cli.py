@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ STAGES = {
     "verify": "verify the artefact",
     "publish": "publish",
 }
+_CHATTY = ("torchao", "torch.utils._pytree")  # torchao, which gptqmodel imports, warns of GPU kernels on a CPU
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.command == "list":
         return _print_masters(settings, arguments.json)
     settings.home.mkdir(parents=True, exist_ok=True)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     with Store.open(settings.store_url) as store, stage_bars() as progress:
         registry = Registry(settings.models_dir, store)
         if arguments.command == "add":
