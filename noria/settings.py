@@ -168,7 +168,7 @@ class VerifySettings(Section):
     """Largest mean KL(merged || quantised) per token on held-out text, in nats."""
     samples: int = Field(16, ge=1)
     """Conversations it is measured on."""
-    probe_tolerance: float = Field(0.25, gt=0)
+    probe_tolerance: float = Field(0.5, gt=0)
     """Largest mean |difference| of the probe's log-probabilities in the engine against the verifier's, in nats."""
 
 
