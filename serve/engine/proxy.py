@@ -6,6 +6,8 @@ unchanged. Swaps, probes and shutdown use the raw engine. Must not import vllm.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -38,6 +40,7 @@ class EngineProxy:
         self._engine = engine
         self._gate = gate
         self._stays: dict[str, _Stay] = {}
+        self._deliveries: set[asyncio.Task[None]] = set()
         gate.on_drain(self._sweep)
 
     def __getattr__(self, name: str) -> Any:
@@ -51,7 +54,13 @@ class EngineProxy:
         trace = current_trace.get()
         if trace is None:  # a caller without a door of its own: the generation is the request
             trace = Trace(request_id=request_id, streaming=True)
-        await self._gate.admit(trace)
+        try:
+            await self._gate.admit(trace)
+        except asyncio.CancelledError:
+            task = asyncio.create_task(self._deliver(prompt, sampling_params, request_id, options))
+            self._deliveries.add(task)
+            task.add_done_callback(self._deliveries.discard)
+            raise
         stay = self._stays[request_id] = _Stay(self._gate, trace)
         if trace.logprobs and sampling_params.logprobs is None:
             sampling_params.logprobs = 0  # the chosen token's, and no others
@@ -69,6 +78,16 @@ class EngineProxy:
                 stay.leave()
                 if self._stays.get(request_id) is stay:
                     del self._stays[request_id]
+
+    async def _deliver(self, prompt: Any, sampling_params: Any, request_id: str, options: dict[str, Any]) -> None:
+        """Hands the engine a request whose client left while it waited at the gate, and takes it back at once.
+
+        vLLM keeps processed images in two halves that mirror each other (0.31). Ours has this request's images by now;
+        were the engine not to see them, every later request with one of them would end with an error.
+        """
+        with contextlib.suppress(Exception):  # nobody waits for it, and a dead engine has no cache
+            await self._engine.add_request(request_id, prompt, sampling_params, **options)
+            await self._engine.abort(request_id)
 
     def _sweep(self) -> None:
         running = self._engine.output_processor.external_req_ids

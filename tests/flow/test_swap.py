@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def picture(number: int) -> str:
     """A data URL of a small picture, another one for each number."""
     data = io.BytesIO()
-    Image.new("RGB", (40, 40), (60 * number, 255 - 60 * number, 90)).save(data, "PNG")
+    Image.new("RGB", (40, 40), (60 * number % 256, 255 - number, 90)).save(data, "PNG")
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 
@@ -237,7 +238,7 @@ async def test_swaps_under_load_lose_nothing_and_mix_nothing(world: World) -> No
     reference: dict[str, dict[str, set[str]]] = {}
     for name, version in (("v1", v1), ("v2", v2)):
         assert world.noria.status()["serving"] == version or world.roll_out(name)["state"] == "succeeded"
-        traffic = await load(world.server.url, lambda seen, at=version: answered(seen, at, 12 * len(PROMPTS)))
+        traffic = await load(world.server.url, partial(answered, version=version, count=12 * len(PROMPTS)))
         assert traffic.failures == [] and set(traffic.answers) == {version}
         reference |= traffic.answers
     steady = [p for p in PROMPTS if len(reference[v1][p]) == len(reference[v2][p]) == 1]
@@ -263,6 +264,32 @@ async def test_swaps_under_load_lose_nothing_and_mix_nothing(world: World) -> No
     for rollout in rollouts:
         assert rollout["metrics"]["probe_mean_abs_diff"] < 0.25
         assert 0 < rollout["metrics"]["reload_s"] < rollout["metrics"]["pause_s"]
+
+
+async def test_who_leaves_the_queue_takes_no_picture_along(world: World) -> None:
+    """A request that waits at the gate has its picture in vLLM's cache on our side; the engine's side must get it."""
+    target = "v2" if world.noria.status()["serving"] == world.versions["v1"] else "v1"
+    long = body("Tell", max_tokens=200, min_tokens=200, stream=True)
+    async with httpx.AsyncClient(base_url=world.server.url, timeout=120) as http:
+        async with http.stream("POST", "/v1/chat/completions", json=long) as running:
+            lines = running.aiter_lines()
+            await anext(lines)
+            world.noria.create_rollout(world.versions[target])
+            left = await leave_queue(http)
+            assert len([line async for line in lines]) > 100
+        answer = await http.post("/v1/chat/completions", json=body(left, max_tokens=2))
+        assert answer.headers["x-noria-model-version"] == world.versions[target]
+        assert answer.json()["choices"][0]["finish_reason"] in ("stop", "length")
+
+
+async def leave_queue(http: httpx.AsyncClient) -> str:
+    """Asks about one new picture after another until a request queues, and leaves it there; its prompt."""
+    for number in range(100, 200):
+        try:
+            await http.post("/v1/chat/completions", json=body(f"picture {number}", max_tokens=1), timeout=0.3)
+        except httpx.ReadTimeout:
+            return f"picture {number}"
+    raise AssertionError("no request had to wait for the swap")
 
 
 @pytest.mark.parametrize("name", [*BAD, "truncated", "other_probe"])
