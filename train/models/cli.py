@@ -18,7 +18,7 @@ from noria.registry import Manifest, Registry
 from noria.settings import Settings, load_settings
 from noria.store import Store
 from train.models.add import Progress, add_model
-from train.models.embedded import build_embedded
+from train.models.embedded.build import build_embedded
 
 STAGES = {
     "copy": "take the checkpoint in",

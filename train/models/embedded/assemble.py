@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from noria.records import Json
 from train.export.checkpoint import NewTensor, write_file
 from train.export.gptq_format import to_new
-from train.models.chatml import CHAT_TEMPLATE, build_tokenizer
-from train.models.gguf_llama import GgufLlama, LlamaSizes
+from train.models.embedded.chatml import CHAT_TEMPLATE, build_tokenizer
+from train.models.embedded.gguf_llama import GgufLlama, LlamaSizes
 
 if TYPE_CHECKING:
     import torch

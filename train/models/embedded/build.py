@@ -15,7 +15,7 @@ from noria.registry import Manifest, Registry
 from noria.settings import Settings
 from train.export.checkpoint import fsync_tree, tree_hash
 from train.models.add import Progress, make_live, publish_master, published
-from train.models.download import fetch_gguf
+from train.models.embedded.download import fetch_gguf
 from train.models.intake import Master, require_disk, settle
 
 EMBEDDED = "embedded"
@@ -35,7 +35,7 @@ def _master(settings: Settings, progress: Progress) -> Master:
     target = settings.masters_dir / EMBEDDED
     if target.is_dir():
         return Master(EMBEDDED, target, tree_hash(target), "master")
-    from train.models.assemble import assemble
+    from train.models.embedded.assemble import assemble
 
     require_disk(settings.masters_dir, _NEEDED_BYTES)
     progress("download", 0.0)
