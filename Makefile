@@ -45,8 +45,8 @@ demo: $(STAMP) ## the whole loop on this machine, with a table at the end
 	$(BIN)/noria demo
 
 bench: $(STAMP) ## what there is to measure, measured
-	@for file in benchmarks/*.py; do [ -e "$$file" ] || { echo "benchmarks/ is empty"; break; }; \
-		echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+	@for file in benchmarks/[a-z]*.py; do name=$${file##*/}; \
+		echo "== $$file"; $(BIN)/python -m "benchmarks.$${name%.py}" || exit 1; done
 
 docs: $(STAMP) ## write docs/cli.md and docs/settings.md from the code
 	$(BIN)/python -m tests.checks.papers
