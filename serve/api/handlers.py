@@ -7,7 +7,6 @@ dicts and raise NoriaError. Must not import vllm, fastapi or grpc.
 from __future__ import annotations
 
 from noria.blobs import Blobs
-
 from noria.registry import Registry
 from noria.settings import Settings
 from noria.store import Store

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from noria.blobs import Blobs
-
 from noria.errors import Unavailable
 from noria.records import Json
 from noria.store import Store
