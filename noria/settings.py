@@ -150,14 +150,14 @@ class QuantizeSettings(Section):
     """GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323)."""
 
     bits: Literal[4, 8] = 4
-    """Bits of a weight."""
+    """Bits of a weight. 8 needs a GPU: vLLM's kernel for a CPU takes 4 only."""
     group_size: int = Field(32, ge=16)
     """Weights that share a scale."""
     calibration_samples: int = Field(32, ge=1)
     """Conversations used for calibration."""
     calibration_tokens: int = Field(512, ge=16)
     """Longest calibration sample, in tokens."""
-    damp: float = Field(0.05, gt=0, lt=1)
+    damp: float = Field(0.01, gt=0, lt=1)
     """Damping of the Hessian's diagonal."""
 
 

@@ -133,6 +133,14 @@ def test_group_sizes_and_samples_that_do_not_fit(tiny_vlm: Path, tmp_path: Path)
         quantize(tiny_vlm, tiny_vlm, [picture], tmp_path / "out", short, lambda _: None)
 
 
+def test_eight_bits_are_refused_where_only_a_cpu_can_serve(
+    tiny_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UnsupportedModel, match=r"train\.quantize\.bits=8 cannot be served on a CPU"):
+        quantize(tiny_vlm, tiny_vlm, [], tmp_path / "out", QuantizeSettings(bits=8), lambda _: None)
+
+
 def test_verify_measures_and_writes_the_probe(tiny_vlm: Path, made: Any, tmp_path: Path) -> None:
     report = verify(made[0], tiny_vlm, held_out_samples(), tmp_path / "probe.json", LOOSE)
     assert 0 < report.mean_kl < 1 and report.max_kl >= report.mean_kl and 0.5 < report.agreement <= 1

@@ -67,10 +67,12 @@ def quantize(
 ) -> QuantizeReport:
     """Quantises the language model's linears of `merged` into `out`, which must not exist.
 
-    Raises UnsupportedModel for a linear whose sizes the kernels cannot take, IntegrityError when `merged` changed tower
-    or aligner against `source`, TrainingError when no calibration sample fits or the solver finds no finite solution.
+    Raises UnsupportedModel for bits or a linear's sizes that the kernels cannot take, IntegrityError when `merged`
+    changed tower or aligner against `source`, TrainingError when no calibration sample fits or the solver finds no
+    finite solution.
     """
     started = time.monotonic()
+    _check_kernel(settings)
     arch = architecture_of(json.loads((merged / "config.json").read_text()))
     index = tensor_index(merged)
     frozen = _frozen_hashes(arch, index, tensor_index(source))
@@ -135,6 +137,16 @@ def _frozen_hashes(
         if hashes[module] != group_hash(dict(source), arch.partition(source, spelling="checkpoint")[module]):
             raise IntegrityError(f"the merged model's {module} is not that of its source, although it is frozen")
     return hashes
+
+
+def _check_kernel(settings: QuantizeSettings) -> None:
+    import torch
+
+    if settings.bits != 4 and not torch.cuda.is_available():
+        raise UnsupportedModel(
+            f"train.quantize.bits={settings.bits} cannot be served on a CPU: vLLM's kernel there takes 4",
+            param="train.quantize.bits",
+        )
 
 
 def _check_sizes(linears: Any, index: Mapping[str, TensorEntry], settings: QuantizeSettings) -> None:
