@@ -40,6 +40,7 @@ def set_environment(settings: Settings) -> None:
     if not has_gpu():
         threads = settings.engine.threads or os.cpu_count() or 1
         defaults |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
+        defaults["VLLM_CPU_INT4_W4A8"] = str(int(settings.engine.int8_activations))
         if settings.engine.fast_start:
             defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # lets the CPU's worker live in the engine process
         if settings.engine.enforce_eager is not False:
