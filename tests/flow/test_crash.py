@@ -150,13 +150,14 @@ def test_a_job_killed_in_every_stage_makes_the_same_version(home: Path) -> None:
         assert sorted(registry.path("v1").parent.glob(".staging-*")) == []
 
 
-def test_a_cancelled_job_leaves_no_version(home: Path) -> None:
+@pytest.mark.parametrize("stage", ["train", "quantize", "verify"])
+def test_a_cancelled_job_leaves_no_version(home: Path, stage: str) -> None:
     settings = load_settings(home=home)
     with Store.open(settings.store_url) as store:
         before = {version.id for version in store.list_versions()}
         job = store.create_job("dpo", {"preferences": "all"}, "none", "test")
         with trainer(home):
-            wait(store, job.id, "quantize")
+            wait(store, job.id, stage)
             store.request_cancel(job.id)
             ended = wait(store, job.id)
         assert ended.state == "cancelled"

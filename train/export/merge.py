@@ -14,7 +14,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,8 +50,8 @@ class _Update:
     scale: float
 
 
-def merge(master: Path, adapters: list[Path], out: Path) -> MergeReport:
-    """Writes the merged checkpoint to `out`, which must not exist.
+def merge(master: Path, adapters: list[Path], out: Path, check: Callable[[], None] = lambda: None) -> MergeReport:
+    """Writes the merged checkpoint to `out`, which must not exist. `check` is called per linear and may raise to stop.
 
     Raises TrainingError when an adapter reaches outside the language model, fits no tensor of the master, is of a kind
     that a sum of B A cannot express, or holds a number that is not finite.
@@ -72,6 +72,7 @@ def merge(master: Path, adapters: list[Path], out: Path) -> MergeReport:
         shutil.copyfile(side, staging / side.name)
     largest = 0.0
     for name in sorted(updates):
+        check()
         largest = max(largest, _apply(index[name], staging / index[name].file.name, updates[name]))
     fsync_tree(staging)
     staging.rename(out)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +56,15 @@ class VerifyReport:
 
 
 def verify(
-    serving: Path, merged: Path, samples: list[CalibrationSample], out_probe: Path, settings: VerifySettings
+    serving: Path,
+    merged: Path,
+    samples: list[CalibrationSample],
+    out_probe: Path,
+    settings: VerifySettings,
+    check: Callable[[], None] = lambda: None,
 ) -> VerifyReport:
     """Proves the artefact or raises TrainingError: a tensor missing, of a wrong shape or dtype, changed without being
-    quantised, not finite; or the mean KL above `settings.max_kl`.
+    quantised, not finite; or the mean KL above `settings.max_kl`. `check` is called per conversation and may raise.
     """
     import torch
 
@@ -74,6 +79,7 @@ def verify(
     measured = []
     with torch.no_grad():
         for one in inputs:
+            check()
             measured.append(_compare(model, weights, to_device(one, model), image_token_id(processor)))
         with _swapped(model, weights):
             prompts = write_probe(model, processor, out_probe, settings.probe_tolerance)

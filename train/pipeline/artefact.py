@@ -29,7 +29,7 @@ def merge(ctx: JobContext) -> Json:
         parent = parent_of(ctx)
         out = ctx.folder / "merged"
         remove(out)
-        return asdict(fold(parent.master, [*parent.adapters, ctx.folder / "adapter"], out))
+        return asdict(fold(parent.master, [*parent.adapters, ctx.folder / "adapter"], out, ctx.check))
 
     return once(ctx.folder / "merge.json", produce)
 
@@ -73,7 +73,7 @@ def verify(ctx: JobContext) -> Json:
         chosen = snapshot_file(ctx)["samples"]
         found = [sample for _, sample in _samples(ctx, chosen["verification"])]
         report = check_artefact(
-            ctx.folder / "serving", ctx.folder / "merged", found, ctx.folder / "probe.json", ctx.train.verify
+            ctx.folder / "serving", ctx.folder / "merged", found, ctx.folder / "probe.json", ctx.train.verify, ctx.check
         )
         return {**asdict(report), "on_calibration": chosen["verified_on_calibration"]}
 
