@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CLIENTS = 8
 MAX_TOKENS = 64
-PAUSE_S = 2.0  # between two questions of the background user, who shares two cores with the training
+PAUSE_S = 4.0  # between two questions of the background user, who shares two cores with the training
 
 
 @dataclass(frozen=True)
