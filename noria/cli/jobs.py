@@ -32,7 +32,7 @@ def retrain(
     settings: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A setting under `train`, for this job only.")
     ] = None,
-    rollout: Annotated[str | None, typer.Option(help="none, direct or canary. Default: train.policy.rollout.")] = None,
+    rollout: Annotated[str | None, typer.Option(help="none or direct. Default: train.policy.rollout.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Trains a new version from the preferences, now."""

@@ -44,6 +44,12 @@ app.add_typer(config.group, name="config")
 app.add_typer(doctor.app)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def root(
     ctx: typer.Context,
@@ -53,12 +59,11 @@ def root(
     url: Annotated[
         str | None, typer.Option(envvar="NORIA_URL", help="The server. Default: the home's own, else port 8000 here.")
     ] = None,
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
 ) -> None:
     """Serves a vision-language model and keeps getting better from its use."""
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
     ctx.obj = Place(home, url)
 
 

@@ -55,11 +55,11 @@ def show(ctx: typer.Context, version: Annotated[str, typer.Argument(help="v2")],
     )
 
 
-@app.command(epilog="Example: noria rollout v2 --canary 10")
+@app.command(epilog="Example: noria rollout v2")
 def rollout(
     ctx: typer.Context,
     version: Annotated[str, typer.Argument(help="The version to put live: v2")],
-    canary: Annotated[int | None, typer.Option(min=1, max=100, metavar="PCT", help="Share of the traffic.")] = None,
+    canary: Annotated[int | None, typer.Option(min=1, max=100, metavar="PCT", help="Not supported yet.")] = None,
     no_wait: NoWait = False,
     as_json: AsJson = False,
 ) -> None:

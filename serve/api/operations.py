@@ -177,10 +177,10 @@ class Operations:
         pairs = sum(pair is not None for _, pair in judged)
         if pairs < train.min_pairs:
             kind = "unused training pairs" if unused else "training pairs"
-            more = 'settings.preferences="all", ' if unused else ""
+            more = ', or train on every one again (settings.preferences="all")' if unused else ""
             raise Conflict(
                 f"{pairs} {kind} are stored and a job needs at least {train.min_pairs} (train.min_pairs): record more "
-                f"preferences, or ask with {more}a lower settings.min_pairs",
+                f"preferences, or lower settings.min_pairs for this job{more}",
                 param="settings.min_pairs",
                 code="too_few_preferences",
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from noria import __version__
 from noria.cli.jobs import nested
 from noria.cli.main import call
 from noria.errors import Conflict, InvalidRequest, NotFound
@@ -52,6 +53,10 @@ def test_every_command_answers_help_with_its_example(run: Run, name: str) -> Non
     code, out, _ = run(*name.split(), "--help")
     assert code == 0
     assert f"Example: noria {name.split()[0]}" in " ".join(out.split())
+
+
+def test_the_version_is_printed_without_a_command(run: Run) -> None:
+    assert run("--version") == (0, f"{__version__}\n", "")
 
 
 def test_status_for_people_and_for_programs(run: Run) -> None:

@@ -150,6 +150,11 @@ def test_a_failed_export_leaves_no_file(full: Path, tmp_path: Path, capsys: pyte
     capsys.readouterr()
 
 
+def test_an_export_into_no_folder_says_so(full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["--home", str(full), "prefs", "export", str(tmp_path / "none" / "x.jsonl")]) == 2
+    assert capsys.readouterr().err.endswith("x.jsonl: No such file or directory\n")
+
+
 def test_stats_and_list(full: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["--home", str(full), "prefs", "stats", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {

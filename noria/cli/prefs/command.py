@@ -156,14 +156,18 @@ def _side(side: dict[str, Any]) -> str:
 
 @contextmanager
 def _writing(file: str) -> Iterator[IO[str]]:
-    """Standard output, or a file that appears whole or not at all."""
+    """Standard output, or a file that appears whole or not at all. Raises InvalidRequest where none can be written."""
     if file == "-":
         yield sys.stdout
         return
     target = Path(file)
     beside = target.with_name(f".{target.name}.tmp")
     try:
-        with beside.open("w", encoding="utf-8") as sink:
+        sink = beside.open("w", encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequest(f"cannot write {file}: {error.strerror}", param="file") from None
+    try:
+        with sink:
             yield sink
         beside.replace(target)
     finally:
