@@ -149,6 +149,8 @@ class Pair:
     created_at: float
     annotator: str | None = None
     images: tuple[str, ...] = ()  # sha256, in the order in which the messages show them
+    chosen_cut: bool = False  # the answer ran into its limit of tokens: the model did not end its turn there
+    rejected_cut: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Row, func, select
+from sqlalchemy import Column, ColumnElement, FromClause, Row, func, select
 
 from noria.errors import NotFound
 from noria.records import BLOB_SCHEME, Json, Pair, Preference, Snapshot
@@ -36,6 +36,8 @@ class PairStore(Part):
                 prompt.c.messages,
                 func.coalesce(preferences.c.chosen_text, first.c.text).label("chosen"),
                 func.coalesce(preferences.c.rejected_text, second.c.text).label("rejected"),
+                _cut(preferences.c.chosen_text, first).label("chosen_cut"),
+                _cut(preferences.c.rejected_text, second).label("rejected_cut"),
             )
             .join(prompt, prompt.c.id == named)
             .outerjoin(
@@ -105,7 +107,14 @@ def _pair(row: Row[Any]) -> Pair | None:
         created_at=row.created_at,
         annotator=row.annotator,
         images=image_hashes(row.messages),
+        chosen_cut=bool(row.chosen_cut),
+        rejected_cut=bool(row.rejected_cut),
     )
+
+
+def _cut(edited: Column[str], choice: FromClause) -> ColumnElement[bool]:
+    """Whether a side is an answer that its limit of tokens ended. What a person wrote is whole."""
+    return edited.is_(None) & (func.coalesce(choice.c.finish_reason, "") == "length")
 
 
 def _items(snapshot: Snapshot) -> Iterable[Json]:

@@ -184,6 +184,19 @@ class Operations:
                 param="settings.min_pairs",
                 code="too_few_preferences",
             )
+        if unused:
+            await asyncio.to_thread(self._nobody_takes_them)
+
+    def _nobody_takes_them(self) -> None:
+        waiting = [*self._store.list_jobs(WHOLE, state="queued"), *self._store.list_jobs(1, state="running")]
+        for job in waiting:
+            if "snapshot" not in job.done:
+                raise Conflict(
+                    f"job {job.id} is {job.state} and has not taken its snapshot yet: it will take the unused "
+                    f"preferences; wait until it has, or cancel it",
+                    param="settings.preferences",
+                    code="preferences_taken",
+                )
 
 
 def one_of(field: str, value: str, supported: tuple[str, ...]) -> str:

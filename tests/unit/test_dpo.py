@@ -100,6 +100,13 @@ def test_prompts_are_rendered_as_the_engine_would(pairs: list[TextPair]) -> None
     assert (pairs[0].chosen, pairs[0].rejected) == ("a red square<|im_end|>", "no<|im_end|>")
 
 
+def test_an_answer_that_its_limit_cut_is_not_taught_to_end_there(renderer: PairRenderer) -> None:
+    cut = renderer.render(replace(pair(1), rejected_cut=True))
+    assert (cut.chosen, cut.rejected) == ("a green square<|im_end|>", "no a")
+    cut = renderer.render(replace(pair(1), chosen_cut=True))
+    assert (cut.chosen, cut.rejected) == ("a green square", "no a<|im_end|>")
+
+
 def test_a_template_of_strings_gets_pictures_in_front_of_the_text(tiny_vlm: Path) -> None:
     processor = load_processor(tiny_vlm)
     processor.chat_template = "{% for m in messages %}[{{ m['content'] + '' }}]{% endfor %}"

@@ -169,6 +169,20 @@ async def test_too_few_pairs_are_refused_with_numbers(bench: Bench) -> None:
     assert (await bench.handlers.create_job({"settings": {"min_pairs": 1}}))["state"] == "queued"
 
 
+async def test_a_second_job_waits_for_the_first_ones_snapshot(bench: Bench) -> None:
+    """The first will take every unused pair; a job that trains on all of them again may queue behind it."""
+    for id_ in ("c1", "c2"):
+        bench.pair(id_)
+    first = await bench.handlers.create_job({})
+    error = await refusal(bench.handlers.create_job({}))
+    assert isinstance(error, Conflict)
+    assert (error.code, error.param) == ("preferences_taken", "settings.preferences")
+    assert error.message.startswith(f"job {first['id']} is queued and has not taken its snapshot yet")
+    bench.store.claim_job("trainer", 60)
+    assert "is running and has not" in (await refusal(bench.handlers.create_job({}))).message
+    assert (await bench.handlers.create_job({"settings": {"preferences": "all"}}))["state"] == "queued"
+
+
 async def test_used_pairs_count_only_when_asked_for(bench: Bench) -> None:
     """`preferences = "all"` trains on what a job has learnt from before."""
     for id_ in ("c1", "c2"):

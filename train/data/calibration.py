@@ -67,15 +67,17 @@ def samples(
             pair = pairs.get(reference["preference"])
             if pair is None:
                 continue
-            messages, answer = list(pair.messages), {"role": "assistant", "content": pair.chosen}
+            messages, text, cut = list(pair.messages), pair.chosen, pair.chosen_cut
         else:
             try:
                 kept = completion(reference["completion"])
             except NotFound:
                 continue
-            messages, answer = list(kept.messages), {"role": "assistant", "content": kept.choices[0].text}
+            first = kept.choices[0]
+            messages, text, cut = list(kept.messages), first.text, first.finish_reason == "length"
         pictures = [load_image(sha256) for sha256 in image_hashes(messages)]
-        found.append((reference, CalibrationSample([*messages, answer], pictures)))
+        answer = {"role": "assistant", "content": text}
+        found.append((reference, CalibrationSample([*messages, answer], pictures, cut)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Pairs as a preference trainer eats them: rendered prompt, two answers with their end of turn, and the pictures.
+"""Pairs as a preference trainer eats them: a rendered prompt, two answers (ended only where the model did), pictures.
 
 Comes in: records' `Pair`s and a way to read pictures. Goes out: `TextPair`s and their length in tokens.
 Must not import `serve`.
@@ -43,8 +43,8 @@ class PairRenderer:
         return TextPair(
             preference_id=pair.preference_id,
             prompt=self._renderer.prompt(pair.messages),
-            chosen=self._renderer.answer(pair.messages, pair.chosen),
-            rejected=self._renderer.answer(pair.messages, pair.rejected),
+            chosen=self._renderer.answer(pair.messages, pair.chosen, cut=pair.chosen_cut),
+            rejected=self._renderer.answer(pair.messages, pair.rejected, cut=pair.rejected_cut),
             images=tuple(pair.images),
         )
 

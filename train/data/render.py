@@ -34,12 +34,15 @@ class ChatRenderer:
         """The prompt's text, up to where the answer begins. Raises TrainingError when there is no template."""
         return self._apply(messages, add_generation_prompt=True)
 
-    def answer(self, messages: Sequence[Mapping[str, Any]], text: str) -> str:
+    def answer(self, messages: Sequence[Mapping[str, Any]], text: str, *, cut: bool = False) -> str:
         """What the model has to say after `prompt(messages)`: the text and the template's end of turn.
 
         Where the template closes a turn with the end-of-sequence token, nothing after it is kept: the engine stops
-        there.
+        there. An answer that was `cut` by its limit of tokens has no end of turn: the model never said it, and to
+        train on one would teach it when to end from where a limit happened to fall.
         """
+        if cut:
+            return text
         prompt = self.prompt(messages)
         whole = self._apply([*messages, {"role": "assistant", "content": text}], add_generation_prompt=False)
         if not whole.startswith(prompt):  # the template rewrites earlier turns: close the turn by hand

@@ -113,8 +113,8 @@ def content_hash(selection: Selection) -> str:
 
 
 def pair_digest(pair: Pair) -> str:
-    """SHA-256 of prompt hash, chosen and rejected text."""
-    return _sha256([pair.prompt_hash, pair.chosen, pair.rejected])
+    """SHA-256 of prompt hash, chosen and rejected text, and whether either was cut."""
+    return _sha256([pair.prompt_hash, pair.chosen, pair.rejected, pair.chosen_cut, pair.rejected_cut])
 
 
 def _unusable(preference: Preference, pair: Pair | None) -> str | None:

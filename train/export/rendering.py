@@ -20,18 +20,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CalibrationSample:
-    """One conversation, its answer as the last assistant message; `images` in the order in which messages show them."""
+    """One conversation, its answer as the last assistant message; `images` in the order in which messages show them.
+
+    `cut`: the answer ran into its limit of tokens, so that no end of turn follows it.
+    """
 
     messages: list[Json]
     images: list[Image] = field(default_factory=list)
+    cut: bool = False
 
 
-def render(processor: Any, messages: Sequence[Json]) -> str:
-    """The templated conversation: up to the end of its last answer or, after a question, to where the answer begins."""
+def render(processor: Any, messages: Sequence[Json], *, cut: bool = False) -> str:
+    """The templated conversation: up to the end of its last answer or, after a question, to where the answer begins.
+
+    A `cut` answer is not ended.
+    """
     renderer = ChatRenderer(processor)
     if not messages or messages[-1].get("role") != "assistant":
         return renderer.prompt(messages)
-    return renderer.prompt(messages[:-1]) + renderer.answer(messages[:-1], str(messages[-1].get("content") or ""))
+    text = str(messages[-1].get("content") or "")
+    return renderer.prompt(messages[:-1]) + renderer.answer(messages[:-1], text, cut=cut)
 
 
 def encode_text(processor: Any, text: str, images: Sequence[Image]) -> dict[str, Any]:
@@ -44,7 +52,7 @@ def encode_text(processor: Any, text: str, images: Sequence[Image]) -> dict[str,
 
 def encode(processor: Any, sample: CalibrationSample, max_tokens: int) -> dict[str, Any] | None:
     """A whole conversation as inputs, cut after `max_tokens`; None when the cut would go through a picture."""
-    inputs = encode_text(processor, render(processor, sample.messages), sample.images)
+    inputs = encode_text(processor, render(processor, sample.messages, cut=sample.cut), sample.images)
     length = int(inputs["input_ids"].shape[1])
     if length <= max_tokens:
         return inputs

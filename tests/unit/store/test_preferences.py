@@ -137,6 +137,23 @@ def test_training_pairs_resolve_texts_messages_and_images(store: Store) -> None:
     ]
 
 
+def test_a_training_pair_says_which_answers_their_limit_of_tokens_cut(store: Store) -> None:
+    answers = completion("c1", ("cut here", "whole", "streamed away"))
+    reasons = ("length", "stop", None)
+    choices = tuple(replace(one, finish_reason=why) for one, why in zip(answers.choices, reasons, strict=True))
+    store.add_completions([replace(answers, choices=choices)])
+    cut, whole, lost = (Side("c1", index) for index in range(3))
+    for chosen, rejected in ((cut, whole), (whole, cut), (Side(text="cut here, not"), cut), (lost, whole)):
+        store.add_preference(chosen, rejected)
+    found = [pair for _, pair in store.training_pairs() if pair is not None]
+    assert [(one.chosen_cut, one.rejected_cut) for one in found] == [
+        (True, False),
+        (False, True),
+        (False, True),
+        (False, False),
+    ]
+
+
 def test_only_running_and_succeeded_jobs_use_preferences(judged: Store) -> None:
     kept, held, dropped, fresh = (judged.add_preference(ONE, TWO, annotator=f"u-{i}")[0].id for i in range(4))
     judged.add_preference(ONE, TWO, "tie", annotator="u-9")
