@@ -1,0 +1,248 @@
+"""What a recipe may say: its stages, and for each the modules that train, the data, the schedule.
+
+Comes in: a tree as TOML gives it. Goes out: `Recipe`, frozen, every default of a stage's kind filled in.
+Must not import torch.
+
+| kind | trains by default | data | loss |
+|---|---|---|---|
+| vision | tower full | labels and boxes | cross-entropy of heads that are thrown away, and boxes |
+| align | aligner full | conversations | next token, answers only |
+| sft | aligner full, language model LoRA | conversations | next token, answers only |
+| dpo | language model LoRA | preferences | direct preference optimisation |
+| finetune | everything full at 1e-6 | conversations | next token, answers only |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from noria.module_settings import ModulePolicies
+from noria.records import MODULES, Module
+from noria.settings import QuantizeSettings, Section, VerifySettings
+
+StageKind = Literal["vision", "align", "sft", "dpo", "finetune"]
+DataFormat = Literal["auto", "noria", "openai", "ms-swift", "llama-factory", "trl", "llava", "image-text", "labels"]
+
+_FROZEN: dict[str, Any] = {"policy": "frozen"}
+KIND_MODULES: dict[StageKind, dict[Module, dict[str, Any]]] = {
+    "vision": {
+        "vision_tower": {"policy": "full", "learning_rate": 1e-4},
+        "aligner": _FROZEN,
+        "language_model": _FROZEN,
+    },
+    "align": {
+        "vision_tower": _FROZEN,
+        "aligner": {"policy": "full", "learning_rate": 1e-3},
+        "language_model": _FROZEN,
+    },
+    "sft": {
+        "vision_tower": _FROZEN,
+        "aligner": {"policy": "full", "learning_rate": 2e-5},
+        "language_model": {"policy": "lora", "learning_rate": 1e-4},
+    },
+    "dpo": {
+        "vision_tower": _FROZEN,
+        "aligner": _FROZEN,
+        "language_model": {"policy": "lora", "learning_rate": 5e-5},
+    },
+    "finetune": {module: {"policy": "full", "learning_rate": 1e-6} for module in MODULES},
+}
+
+
+class DataSource(Section):
+    """One source of training data."""
+
+    source: str
+    """A file, a folder, an http(s), s3 or other fsspec URL, a Hugging Face dataset, or a built-in name (`scenes`)."""
+    format: DataFormat = "auto"
+    """How rows are written; `auto` looks at the first ones."""
+    split: str = "train"
+    """The part of a dataset that has parts."""
+    count: int | None = Field(None, ge=1)
+    """So many rows at most; sources that are drawn on the fly need it."""
+    seed: int = 0
+    """Seed of what is drawn, and of which rows `count` takes."""
+    weight: float = Field(1.0, gt=0)
+    """How often a row is seen in one pass, beside the other sources: 2 is twice, 0.5 every other pass."""
+    strict: bool = False
+    """Stop at the first bad row, in place of reporting and counting it."""
+
+
+class RecipeStage(Section):
+    """One stage of training; it starts from what the stage before it left."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
+    """Its name in folders, logs and manifest: lower case, digits and dashes."""
+    kind: StageKind
+    """What is learnt, from which data, with which loss."""
+    data: tuple[DataSource, ...]
+    """Sources, mixed by weight."""
+    modules: ModulePolicies = ModulePolicies()
+    """Policy of each module; what is not said is the kind's default."""
+    only: Module | None = None
+    """This module in full, the others frozen; in place of `modules`."""
+    steps: int | None = Field(None, ge=1)
+    """Optimiser steps; either this or `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data; either this or `steps`."""
+    batch_size: int = Field(8, ge=1)
+    """Samples (packed: sequences) in one optimiser step, over all processes."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Samples in one forward; divides batch_size. None is batch_size, at most 4."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rates go after the warm-up: stay, or fall to nothing."""
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    """Share of steps over which the rates rise."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient clip."""
+    max_length: int = Field(2048, ge=32)
+    """Longest sequence, in tokens; a longer one is cut behind its pictures, or left out and counted."""
+    packing: bool = False
+    """Put many samples into one sequence of max_length, attention and positions kept apart."""
+    group_by_length: bool = False
+    """Batches of samples of like length."""
+    checkpoint_every: int = Field(100, ge=1)
+    """Steps between two checkpoints that an interrupted stage goes on from."""
+    beta: float | None = Field(None, gt=0)
+    """Strength of the pull to the reference, for `dpo` alone; none is 0.1."""
+    seed: int = 0
+    """Seed of data order, heads and adapters."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_modules(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or value.get("kind") not in KIND_MODULES:
+            return value
+        said, only = value.get("modules"), value.get("only")
+        if only is not None and only not in MODULES:
+            return {**value, "modules": _FROZEN_ALL}  # the field's own check names `only`
+        if only is not None:
+            meant = {module: {"policy": "full"} if module == only else _FROZEN for module in MODULES}
+            if said is not None and not _same_policies(said, meant):
+                raise ValueError(f"only={only!r} contradicts modules: say one of them")
+            return {**value, "modules": _over(meant, said or {})}
+        return {**value, "modules": _over(KIND_MODULES[value["kind"]], said if said is not None else {})}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.data:
+            raise ValueError("data is empty: name at least one source")
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("say either steps or epochs, one of them")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            told = f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
+            raise ValueError(told)
+        if self.packing and self.group_by_length:
+            raise ValueError("packing and group_by_length contradict each other: a packed sequence is always full")
+        if self.kind in ("vision", "dpo"):
+            for key in ("packing", "group_by_length"):
+                if getattr(self, key):
+                    raise ValueError(f"{key}=true would be ignored: kind={self.kind!r} reads no conversations")
+        if self.beta is not None and self.kind != "dpo":
+            raise ValueError(f"beta would be ignored: kind={self.kind!r} has no reference")
+        return self
+
+    @model_validator(mode="after")
+    def _modules_fit_the_kind(self) -> Self:
+        policies = {module: getattr(self.modules, module).policy for module in MODULES}
+        for module, policy in policies.items():
+            if policy != "frozen" and module in _UNREACHED[self.kind]:
+                raise ValueError(f"modules.{module}={policy!r} contradicts kind={self.kind!r}: {_WHY[self.kind]}")
+        needed = _MUST_TRAIN[self.kind]
+        if needed and not any(policies[module] != "frozen" for module in needed):
+            told = " or ".join(f"modules.{module}" for module in needed)
+            raise ValueError(f"nothing would train that kind={self.kind!r} is for: {told} must be full or lora")
+        return self
+
+    @property
+    def micro(self) -> int:
+        """Samples in one forward: as said, else the largest divisor of batch_size up to 4."""
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
+        return next(n for n in range(min(4, self.batch_size), 0, -1) if self.batch_size % n == 0)
+
+
+class Recipe(Section):
+    """A list of stages, from a model to a version."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Its name in jobs and manifests."""
+    model: str | None = None
+    """A version's id or an added model's name; none is the live version."""
+    stages: tuple[RecipeStage, ...]
+    """In order."""
+    quantize: dict[str, Any] = Field(default_factory=dict)
+    """What differs from the settings' train.quantize."""
+    verify: dict[str, Any] = Field(default_factory=dict)
+    """What differs from the settings' train.verify."""
+
+    @field_validator("quantize", "verify")
+    @classmethod
+    def _known_keys(cls, value: dict[str, Any], info: Any) -> dict[str, Any]:
+        (QuantizeSettings if info.field_name == "quantize" else VerifySettings).model_validate(value)
+        return value
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        if not self.stages:
+            raise ValueError("a recipe has at least one stage")
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two stages are named {twice[0]!r}")
+        return self
+
+    def folder_of(self, index: int) -> str:
+        """The name of a stage's folder: `01-NAME`."""
+        return f"{index + 1:02d}-{self.stages[index].name}"
+
+
+_FROZEN_ALL: dict[str, Any] = dict.fromkeys(MODULES, _FROZEN)
+_UNREACHED: dict[StageKind, tuple[Module, ...]] = {
+    "vision": ("aligner", "language_model"),
+    "align": (),
+    "sft": (),
+    "dpo": ("vision_tower",),
+    "finetune": (),
+}
+_WHY: dict[StageKind, str] = {
+    "vision": "its heads read the tower alone, so this module must be frozen",
+    "dpo": "preference methods freeze the tower",
+}
+_MUST_TRAIN: dict[StageKind, tuple[Module, ...]] = {
+    "vision": ("vision_tower",),
+    "align": ("aligner",),
+    "sft": ("aligner", "language_model", "vision_tower"),
+    "dpo": ("language_model", "aligner"),
+    "finetune": MODULES,
+}
+_POLICY = re.compile("^(frozen|full|lora)$")
+
+
+def _over(base: Mapping[Module, dict[str, Any]], said: Any) -> Any:
+    """The kind's policies with what the recipe says on top; a policy that differs drops the default's figures."""
+    if not isinstance(said, Mapping):
+        return said
+    merged: dict[str, Any] = {**base, **said}
+    for module in MODULES:
+        asked: Any = said.get(module)
+        if isinstance(asked, str) and _POLICY.match(asked):
+            asked = {"policy": asked}
+        if isinstance(asked, Mapping):
+            same = asked.get("policy", base[module]["policy"]) == base[module]["policy"]
+            merged[module] = {**(base[module] if same else {}), **asked}
+    return merged
+
+
+def _same_policies(said: Any, meant: Mapping[Module, dict[str, Any]]) -> bool:
+    if not isinstance(said, Mapping):
+        return False
+    for module, asked in said.items():
+        policy = asked.get("policy") if isinstance(asked, Mapping) else asked
+        if module in meant and policy is not None and policy != meant[module]["policy"]:
+            return False
+    return True
