@@ -1,6 +1,6 @@
 """What a recipe may say: its stages, and for each the modules that train, the data, the schedule.
 
-Comes in: a tree as TOML gives it. Goes out: `Recipe`, frozen, every default of a stage's kind filled in.
+Comes in: a tree as TOML gives it. Goes out: `Recipe`, frozen, with each stage's policies resolved.
 Must not import torch.
 
 | kind | trains by default | data | loss |
@@ -14,42 +14,31 @@ Must not import torch.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from noria.module_settings import ModulePolicies
+from noria.module_settings import PREFERENCE, ModulePolicies, Policy, PolicyDefaults, ResolvedPolicy, Section
 from noria.records import MODULES, Module
-from noria.settings import QuantizeSettings, Section, VerifySettings
+from noria.settings import QuantizeSettings, VerifySettings
 
 StageKind = Literal["vision", "align", "sft", "dpo", "finetune"]
 DataFormat = Literal["auto", "noria", "openai", "ms-swift", "llama-factory", "trl", "llava", "image-text", "labels"]
 
-_FROZEN: dict[str, Any] = {"policy": "frozen"}
-KIND_MODULES: dict[StageKind, dict[Module, dict[str, Any]]] = {
-    "vision": {
-        "vision_tower": {"policy": "full", "learning_rate": 1e-4},
-        "aligner": _FROZEN,
-        "language_model": _FROZEN,
-    },
-    "align": {
-        "vision_tower": _FROZEN,
-        "aligner": {"policy": "full", "learning_rate": 1e-3},
-        "language_model": _FROZEN,
-    },
-    "sft": {
-        "vision_tower": _FROZEN,
-        "aligner": {"policy": "full", "learning_rate": 2e-5},
-        "language_model": {"policy": "lora", "learning_rate": 1e-4},
-    },
-    "dpo": {
-        "vision_tower": _FROZEN,
-        "aligner": _FROZEN,
-        "language_model": {"policy": "lora", "learning_rate": 5e-5},
-    },
-    "finetune": {module: {"policy": "full", "learning_rate": 1e-6} for module in MODULES},
+_FULL_RATES: dict[Module, float] = {"vision_tower": 2e-6, "aligner": 2e-5, "language_model": 1e-5}
+
+
+def _defaults(policies: tuple[Policy, Policy, Policy], lora_rate: float = 1e-4, **rates: float) -> PolicyDefaults:
+    by_module = dict(zip(MODULES, policies, strict=True))
+    return PolicyDefaults(by_module, {module: rates.get(module, _FULL_RATES[module]) for module in MODULES}, lora_rate)
+
+
+KIND_DEFAULTS: dict[StageKind, PolicyDefaults] = {
+    "vision": _defaults(("full", "frozen", "frozen"), vision_tower=1e-4),
+    "align": _defaults(("frozen", "full", "frozen"), aligner=1e-3),
+    "sft": _defaults(("frozen", "full", "lora")),
+    "dpo": PREFERENCE,
+    "finetune": _defaults(("full", "full", "full"), vision_tower=1e-6, aligner=1e-6, language_model=1e-6),
 }
 
 
@@ -109,23 +98,10 @@ class RecipeStage(Section):
     """Steps between two checkpoints that an interrupted stage goes on from."""
     beta: float | None = Field(None, gt=0)
     """Strength of the pull to the reference, for `dpo` alone; none is 0.1."""
+    head_learning_rate: float | None = Field(None, gt=0)
+    """Rate of the heads that a `vision` stage throws away afterwards; none is 1e-3."""
     seed: int = 0
     """Seed of data order, heads and adapters."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_modules(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping) or value.get("kind") not in KIND_MODULES:
-            return value
-        said, only = value.get("modules"), value.get("only")
-        if only is not None and only not in MODULES:
-            return {**value, "modules": _FROZEN_ALL}  # the field's own check names `only`
-        if only is not None:
-            meant = {module: {"policy": "full"} if module == only else _FROZEN for module in MODULES}
-            if said is not None and not _same_policies(said, meant):
-                raise ValueError(f"only={only!r} contradicts modules: say one of them")
-            return {**value, "modules": _over(meant, said or {})}
-        return {**value, "modules": _over(KIND_MODULES[value["kind"]], said if said is not None else {})}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -144,19 +120,27 @@ class RecipeStage(Section):
                     raise ValueError(f"{key}=true would be ignored: kind={self.kind!r} reads no conversations")
         if self.beta is not None and self.kind != "dpo":
             raise ValueError(f"beta would be ignored: kind={self.kind!r} has no reference")
+        if self.head_learning_rate is not None and self.kind != "vision":
+            raise ValueError(f"head_learning_rate would be ignored: kind={self.kind!r} has no heads")
         return self
 
     @model_validator(mode="after")
     def _modules_fit_the_kind(self) -> Self:
-        policies = {module: getattr(self.modules, module).policy for module in MODULES}
-        for module, policy in policies.items():
-            if policy != "frozen" and module in _UNREACHED[self.kind]:
-                raise ValueError(f"modules.{module}={policy!r} contradicts kind={self.kind!r}: {_WHY[self.kind]}")
+        policies = self.policies
+        for module in _UNREACHED[self.kind]:
+            if policies[module].trains:
+                said = f"only={self.only!r}" if self.only else f"modules.{module}.policy={policies[module].policy!r}"
+                raise ValueError(f"{said} contradicts kind={self.kind!r}: {_WHY[self.kind]}")
         needed = _MUST_TRAIN[self.kind]
-        if needed and not any(policies[module] != "frozen" for module in needed):
+        if not any(policies[module].trains for module in needed):
             told = " or ".join(f"modules.{module}" for module in needed)
             raise ValueError(f"nothing would train that kind={self.kind!r} is for: {told} must be full or lora")
         return self
+
+    @property
+    def policies(self) -> dict[Module, ResolvedPolicy]:
+        """Every module's policy, every value filled in. Raises ValueError where they contradict each other."""
+        return self.modules.resolved(KIND_DEFAULTS[self.kind], only=self.only, under="")
 
     @property
     def micro(self) -> int:
@@ -201,7 +185,6 @@ class Recipe(Section):
         return f"{index + 1:02d}-{self.stages[index].name}"
 
 
-_FROZEN_ALL: dict[str, Any] = dict.fromkeys(MODULES, _FROZEN)
 _UNREACHED: dict[StageKind, tuple[Module, ...]] = {
     "vision": ("aligner", "language_model"),
     "align": (),
@@ -220,29 +203,3 @@ _MUST_TRAIN: dict[StageKind, tuple[Module, ...]] = {
     "dpo": ("language_model", "aligner"),
     "finetune": MODULES,
 }
-_POLICY = re.compile("^(frozen|full|lora)$")
-
-
-def _over(base: Mapping[Module, dict[str, Any]], said: Any) -> Any:
-    """The kind's policies with what the recipe says on top; a policy that differs drops the default's figures."""
-    if not isinstance(said, Mapping):
-        return said
-    merged: dict[str, Any] = {**base, **said}
-    for module in MODULES:
-        asked: Any = said.get(module)
-        if isinstance(asked, str) and _POLICY.match(asked):
-            asked = {"policy": asked}
-        if isinstance(asked, Mapping):
-            same = asked.get("policy", base[module]["policy"]) == base[module]["policy"]
-            merged[module] = {**(base[module] if same else {}), **asked}
-    return merged
-
-
-def _same_policies(said: Any, meant: Mapping[Module, dict[str, Any]]) -> bool:
-    if not isinstance(said, Mapping):
-        return False
-    for module, asked in said.items():
-        policy = asked.get("policy") if isinstance(asked, Mapping) else asked
-        if module in meant and policy is not None and policy != meant[module]["policy"]:
-            return False
-    return True
