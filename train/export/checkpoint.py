@@ -100,17 +100,25 @@ def tensor_index(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor of the checkpoint by name. IntegrityError when a file's length and header disagree."""
     index: dict[str, TensorEntry] = {}
     for file in weight_files(folder):
-        header, start = read_header(file)
-        size = file.stat().st_size
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = (start + int(offset) for offset in entry["data_offsets"])
-            if end > size:
-                raise IntegrityError(f"{file} is cut short: tensor {name} ends at byte {end} of {size}")
+        for name, entry in file_index(file).items():
             if name in index:
                 raise IntegrityError(f"tensor {name} is in both {index[name].file.name} and {file.name}")
-            index[name] = TensorEntry(name, file, entry["dtype"], tuple(entry["shape"]), begin, end)
+            index[name] = entry
+    return index
+
+
+def file_index(file: Path) -> dict[str, TensorEntry]:
+    """Every tensor of one file by name. IntegrityError when its length and header disagree."""
+    index: dict[str, TensorEntry] = {}
+    header, start = read_header(file)
+    size = file.stat().st_size
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = (start + int(offset) for offset in entry["data_offsets"])
+        if end > size:
+            raise IntegrityError(f"{file} is cut short: tensor {name} ends at byte {end} of {size}")
+        index[name] = TensorEntry(name, file, entry["dtype"], tuple(entry["shape"]), begin, end)
     return index
 
 
