@@ -25,8 +25,8 @@ LoadImage = Callable[[str], Pillow.Image]
 class Sample:
     """One conversation in OpenAI's shape; its last message is the assistant's, and the answer to be learnt.
 
-    Pictures are parts `{"type": "image_url", "image_url": {"url": REFERENCE}}`; `images` repeats their references in the
-    order in which the messages show them. `source` says where the row came from (`file:line`). `cut`: the answer ran
+    Pictures are parts `{"type": "image_url", "image_url": {"url": REFERENCE}}`; `images` repeats their references, in
+    the order of the messages. `source` says where the row came from (`file:line`). `cut`: the answer ran
     into its limit of tokens, so that no end of turn is learnt after it.
     """
 

@@ -1,0 +1,68 @@
+"""Rows of a Hugging Face data set, by its name (`owner/name` or `owner/name:configuration`) and split.
+
+Comes in: the name. Goes out: a lazy sequence of `RawRow`s; pictures stay the bytes that the data set holds.
+Code of a data set is never run (`datasets` has dropped it). Must not import torch, transformers or `serve`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+from noria.errors import NotFound, Unavailable
+from train.data.sources.files import RawRow
+
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+def is_name(source: str) -> bool:
+    """Whether the source may be a data set's name."""
+    return bool(_NAME.fullmatch(source))
+
+
+class HubRows(Sequence[RawRow]):
+    """The rows of one split, read as they are asked for; `line` counts from 1."""
+
+    def __init__(self, name: str, split: str) -> None:
+        """Downloads it, or finds it in the cache. Raises NotFound (no such data set or split) or Unavailable."""
+        import datasets
+
+        path, _, configuration = name.partition(":")
+        try:
+            found = datasets.load_dataset(path, configuration or None, split=split)
+        except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
+            raise NotFound(f"no file and no data set {name!r}: {error}", param="source") from error
+        except ValueError as error:  # an unknown split or configuration; the message lists those there are
+            raise NotFound(f"data set {name!r}, split {split!r}: {error}", param="split") from error
+        except OSError as error:
+            raise Unavailable(f"data set {name!r} cannot be fetched: {error}", param="source") from error
+        self._rows: Any = found.cast(datasets.Features({k: _undecoded(v) for k, v in found.features.items()}))
+        self._name = f"{name}[{split}]"
+
+    def __len__(self) -> int:
+        """How many rows the split has."""
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> RawRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[RawRow]: ...
+    def __getitem__(self, index: int | slice) -> RawRow | list[RawRow]:
+        """A row, or several."""
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        return RawRow(self._name, index + 1, dict(self._rows[index]), None)
+
+
+def _undecoded(feature: Any) -> Any:
+    """The feature with every picture in it left as `{"bytes", "path"}`."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, Mapping):
+        return {key: _undecoded(value) for key, value in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return type(feature)(_undecoded(feature.feature))
+    return feature

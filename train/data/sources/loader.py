@@ -1,0 +1,75 @@
+"""Pixels for every kind of reference: stored blobs, paths, `data:` and other URLs, and what `noria.scenes` draws.
+
+Comes in: a reference. Goes out: an RGB picture. The last ones used stay in memory; what comes over the network is
+fetched once a process. Must not import torch, transformers or `serve`.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+from PIL import Image as Pillow
+
+from noria.errors import NoriaError, TrainingError
+from noria.records import BLOB_SCHEME
+from train.data.formats.pictures import DRAWN
+from train.data.render import decode_image
+from train.data.sources.files import is_url
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHOWN = 100
+
+
+class ImageLoader:
+    """A `LoadImage` for all references. `read_blob` gives a stored picture's bytes by its SHA-256."""
+
+    def __init__(self, read_blob: Callable[[str], bytes] | None = None, keep: int = 64) -> None:
+        self._read_blob = read_blob
+        self._keep = keep
+        self._pictures: OrderedDict[str, Pillow.Image] = OrderedDict()
+
+    def __call__(self, reference: str) -> Pillow.Image:
+        """The picture. Raises TrainingError naming the reference when it is gone or cannot be decoded."""
+        if reference not in self._pictures:
+            try:
+                self._pictures[reference] = self._load(reference)
+            except Exception as error:  # file systems and decoders raise what their libraries do
+                why = error.message if isinstance(error, NoriaError) else repr(error)
+                raise TrainingError(f"picture {reference[:_SHOWN]} cannot be read: {why}", code="bad_image") from error
+            while len(self._pictures) > self._keep:
+                self._pictures.popitem(last=False)
+        self._pictures.move_to_end(reference)
+        return self._pictures[reference]
+
+    def _load(self, reference: str) -> Pillow.Image:
+        if reference.startswith(DRAWN):
+            from noria.scenes import draw
+
+            return draw(reference)
+        return decode_image(self._bytes(reference))
+
+    def _bytes(self, reference: str) -> bytes:
+        if reference.startswith("data:"):
+            head, _, body = reference.partition(",")
+            return base64.b64decode(body) if head.endswith(";base64") else unquote_to_bytes(body)
+        name = reference.removeprefix(BLOB_SCHEME)
+        if _SHA256.fullmatch(name):
+            if self._read_blob is None:
+                raise TrainingError("it is a stored picture, and no store of pictures was given")
+            return self._read_blob(name)
+        if is_url(reference):
+            return _fetched(reference)
+        return Path(reference).read_bytes()
+
+
+def _fetched(url: str) -> bytes:
+    import fsspec
+
+    with fsspec.open(f"simplecache::{url}", "rb") as stream:
+        data: bytes = stream.read()
+    return data
