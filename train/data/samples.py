@@ -116,10 +116,15 @@ def references(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 @dataclass
 class Counts:
-    """How many samples an encoder kept whole, shortened and left out; `dropped` says why, by reason."""
+    """What an encoder did with samples, one count each time it met one.
+
+    `dropped` says why, by reason; `last_only` are conversations of which only the last answer is learnt, since the
+    tokenizer or the template joins the earlier ones with what surrounds them.
+    """
 
     whole: int = 0
     shortened: int = 0
+    last_only: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
 
     def drop(self, reason: str) -> None:
