@@ -1,0 +1,151 @@
+"""What a drawn scene holds: everything about it follows from its reference.
+
+Comes in: a reference `scene:SPLIT/KIND/SEED/INDEX`. Goes out: a `Scene`, drawn by `noria.scenes.drawn.drawing`.
+Kinds: `one` shape, `two` shapes beside or above each other, `many` (one to three shapes, also alike), `digit`.
+Must not import Pillow or numpy.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+
+from noria.errors import InvalidRequest
+from noria.scenes.drawn.words import BACKGROUNDS, MOST_THINGS, SHAPES, SIZES, SPLITS, digit_pairs, shape_pairs
+
+PREFIX = "scene:"
+KINDS = ("one", "two", "many", "digit")
+CLEAR = 0.2
+"""Two things are left/right (above/below) of each other when their centres differ by this share of the picture."""
+_RADIUS = {"small": (0.08, 0.105), "large": (0.16, 0.2)}
+_DIGIT_RADIUS = (0.18, 0.38)
+_TILT = {"heart": 35, "star": 36, "cross": 45, "square": 45, "triangle": 180, "circle": 0}
+_GAP = 0.03
+_TRIES = 30
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn thing: its words, its centre and radius as shares of the picture's side, its angle in degrees."""
+
+    word: str
+    colour: str
+    size: str
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+    @property
+    def name(self) -> str:
+        """Colour and word, as a question names it: `red circle`."""
+        return f"{self.colour} {self.word}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture's content; `seed` is for whatever drawing leaves to chance (tints, texture, noise)."""
+
+    ref: str
+    split: str
+    kind: str
+    things: tuple[Thing, ...]
+    background: str
+    seed: int
+
+    @property
+    def digit(self) -> Thing | None:
+        """The digit, in a scene of that kind."""
+        return self.things[0] if self.kind == "digit" else None
+
+
+def scene_ref(split: str, kind: str, seed: int, index: int) -> str:
+    """The reference of a scene; refuses words that no scene has."""
+    _known("split", split, SPLITS)
+    _known("kind of scene", kind, KINDS)
+    return f"{PREFIX}{split}/{kind}/{seed}/{index}"
+
+
+@lru_cache(maxsize=4096)
+def read_scene(ref: str) -> Scene:
+    """The scene that a reference stands for; the same on every machine. Raises InvalidRequest for a malformed one."""
+    parts = ref.removeprefix(PREFIX).split("/")
+    if not ref.startswith(PREFIX) or len(parts) != 4 or not all(part.isdecimal() for part in parts[2:]):
+        raise InvalidRequest(f"{ref!r} is no scene; write {PREFIX}SPLIT/KIND/SEED/INDEX, as {PREFIX}train/two/0/17")
+    split, kind = parts[0], parts[1]
+    scene_ref(split, kind, int(parts[2]), int(parts[3]))
+    rng = random.Random(ref)  # noqa: S311 - drawn pictures, no secret; a str seeds by SHA-512, the same everywhere
+    things = _things(rng, split, kind)
+    return Scene(ref, split, kind, things, rng.choice(BACKGROUNDS), rng.getrandbits(32))
+
+
+def side_of(thing: Thing, other: Thing) -> tuple[str, ...]:
+    """Where `thing` lies seen from `other`: of left, right, above, below those that are clear."""
+    words = []
+    if abs(thing.x - other.x) >= CLEAR:
+        words.append("left" if thing.x < other.x else "right")
+    if abs(thing.y - other.y) >= CLEAR:
+        words.append("above" if thing.y < other.y else "below")
+    return tuple(words)
+
+
+def _things(rng: random.Random, split: str, kind: str) -> tuple[Thing, ...]:
+    if kind == "digit":
+        return (_digit(rng, split),)
+    if kind == "one":
+        return _placed(rng, [rng.choice(shape_pairs(split))], apart=False)
+    if kind == "two":
+        first, second = _unlike(rng, split)
+        return _placed(rng, [first, second], apart=True)
+    count = 1 + rng.randrange(MOST_THINGS)
+    pairs = shape_pairs(split)
+    if rng.random() < 0.4:
+        return _placed(rng, [rng.choice(pairs)] * count, apart=False)
+    shape = rng.choice(SHAPES)
+    alike = [pair for pair in pairs if pair[1] == shape]
+    among = alike if rng.random() < 0.3 else list(pairs)
+    return _placed(rng, [rng.choice(among) for _ in range(count)], apart=False)
+
+
+def _unlike(rng: random.Random, split: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Two pairs that share neither colour nor shape, so that either word alone names one of them."""
+    pairs = shape_pairs(split)
+    first = rng.choice(pairs)
+    second = rng.choice([pair for pair in pairs if pair[0] != first[0] and pair[1] != first[1]])
+    return first, second
+
+
+def _digit(rng: random.Random, split: str) -> Thing:
+    colour, digit = rng.choice(digit_pairs(split))
+    radius = rng.uniform(*_DIGIT_RADIUS)
+    x, y = (rng.uniform(radius + _GAP, 1 - radius - _GAP) for _ in range(2))
+    return Thing(digit, colour, "large" if radius > sum(_DIGIT_RADIUS) / 2 else "small", x, y, radius, rng.gauss(0, 6))
+
+
+def _placed(rng: random.Random, pairs: list[tuple[str, str]], *, apart: bool) -> tuple[Thing, ...]:
+    """Things in random places, none over another; `apart`: the first two clearly beside or above each other."""
+    while True:  # a draw of sizes that finds no room is drawn again; small ones always find it
+        sizes = [rng.choice(SIZES) for _ in pairs]
+        radii = [rng.uniform(*_RADIUS[size]) for size in sizes]
+        for _ in range(_TRIES):
+            spots = [tuple(rng.uniform(r + _GAP, 1 - r - _GAP) for _ in range(2)) for r in radii]
+            if _free(spots, radii) and (not apart or _clear(spots[0], spots[1])):
+                return tuple(
+                    Thing(word, colour, size, x, y, radius, rng.uniform(-_TILT[word], _TILT[word]))
+                    for (colour, word), size, radius, (x, y) in zip(pairs, sizes, radii, spots, strict=True)
+                )
+
+
+def _free(spots: list[tuple[float, ...]], radii: list[float]) -> bool:
+    return all(math.dist(spots[i], spots[j]) > radii[i] + radii[j] + _GAP for i in range(len(spots)) for j in range(i))
+
+
+def _clear(first: tuple[float, ...], second: tuple[float, ...]) -> bool:
+    return max(abs(first[0] - second[0]), abs(first[1] - second[1])) >= CLEAR
+
+
+def _known(what: str, word: str, words: tuple[str, ...]) -> None:
+    if word not in words:
+        raise InvalidRequest(f"unknown {what} {word!r}; there are {', '.join(words)}")
