@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -21,14 +21,8 @@ from pydantic_settings import (
 )
 
 from noria.errors import SettingsError
-
-Policy = Literal["frozen", "full", "lora"]
-
-
-class Section(BaseModel):
-    """A part of the tree: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from noria.module_settings import ModulePolicies, ResolvedPolicy, Section
+from noria.records import Module
 
 
 class ServerSettings(Section):
@@ -96,35 +90,11 @@ class StoreSettings(Section):
     """fsspec URL of the pictures; none is NORIA_HOME/blobs."""
 
 
-class LoraSettings(Section):
-    """The low-rank adapter that training produces (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
-
-    rank: int = Field(16, ge=1)
-    """Rank r."""
-    alpha: float = Field(32.0, gt=0)
-    """Scale numerator: the update is alpha/rank * B A."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
-
-
-class ModulePolicies(Section):
-    """Who trains: one policy per module. Preference methods freeze the tower."""
-
-    vision_tower: Policy = "frozen"
-    """The ViT."""
-    aligner: Policy = "frozen"
-    """The projector or merger between ViT and language model."""
-    language_model: Policy = "lora"
-    """The LLM."""
-
-
 class DpoSettings(Section):
     """Direct preference optimisation (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7)."""
 
     beta: float = Field(0.1, gt=0)
     """Strength of the pull to the reference."""
-    learning_rate: float = Field(5e-5, gt=0)
-    """Peak learning rate."""
     epochs: float = Field(3.0, gt=0)
     """Passes over the training pairs."""
     batch_size: int = Field(4, ge=1)
@@ -132,7 +102,7 @@ class DpoSettings(Section):
     micro_batch_size: int = Field(2, ge=1)
     """Pairs in one forward; divides batch_size."""
     warmup_ratio: float = Field(0.1, ge=0, le=1)
-    """Share of steps over which the rate rises."""
+    """Share of steps over which the learning rates rise."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient clip."""
     max_length: int = Field(1024, ge=32)
@@ -197,7 +167,11 @@ class TrainSettings(Section):
 
     policy: PolicySettings = PolicySettings()
     modules: ModulePolicies = ModulePolicies()
-    lora: LoraSettings = LoraSettings()
+    only: Module | None = None
+    """Trains this module in full and freezes the two others: short for saying so in `modules`."""
+    base: Literal["master", "gptq", "bitsandbytes"] = "master"
+    """What a LoRA learns on: full-precision weights, or 4-bit ones (QLoRA): the parent's own serving checkpoint
+    (`gptq`), or NF4 made on the GPU (`bitsandbytes`). The result is merged into the master in every case."""
     dpo: DpoSettings = DpoSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     verify: VerifySettings = VerifySettings()
@@ -220,14 +194,32 @@ class TrainSettings(Section):
 
     @model_validator(mode="after")
     def _modules_fit_the_method(self) -> Self:
-        for module, policy in self.modules.model_dump().items():
-            only = "lora" if module == "language_model" else "frozen"
-            if policy != only:
+        policies = self.policies()
+        said = f'train.only="{self.only}"' if self.only else ""
+        for module, allowed in _TRAINABLE_BY_PREFERENCES.items():
+            policy = policies[module].policy
+            if policy not in allowed:
                 raise ValueError(
-                    f"train.modules.{module}={policy!r} contradicts train.policy.method={self.policy.method!r}: "
-                    f"it trains a LoRA on the language model and nothing else; {module} must be {only!r}"
+                    f"{said or f'train.modules.{module}.policy={policy!r}'} contradicts "
+                    f"train.policy.method={self.policy.method!r}: there {module} must be {' or '.join(allowed)}"
                 )
+        if self.base != "master" and policies["language_model"].policy == "full":
+            raise ValueError(
+                f"{said or 'train.modules.language_model.policy=' + repr('full')} contradicts train.base="
+                f"{self.base!r}: 4-bit weights cannot be trained in full; use a LoRA, or train.base='master'"
+            )
         return self
+
+    def policies(self) -> dict[Module, ResolvedPolicy]:
+        """Who trains in a preference job, every value filled in. Raises ValueError for a contradiction."""
+        return self.modules.resolved(only=self.only)
+
+
+_TRAINABLE_BY_PREFERENCES: Mapping[Module, tuple[str, ...]] = {
+    "vision_tower": ("frozen",),
+    "aligner": ("frozen", "lora", "full"),
+    "language_model": ("lora", "full"),
+}
 
 
 class ReleaseSettings(Section):

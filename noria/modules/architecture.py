@@ -28,6 +28,7 @@ class Part:
     """One subtree (or single parameter) of a model: the module it belongs to and its prefix in each spelling.
 
     `checkpoint` lists every spelling found in files, the hub's first. `decoder` marks the stack of decoder layers.
+    `blocks` is what stands between the prefix and a block's number, in transformers' names; none where there are none.
     """
 
     module: Module
@@ -35,6 +36,7 @@ class Part:
     vllm: str
     checkpoint: tuple[str, ...]
     decoder: bool = False
+    blocks: str | None = None
 
     def prefixes(self, spelling: Spelling) -> tuple[str, ...]:
         """The part's prefixes in one spelling."""
@@ -103,6 +105,14 @@ class Architecture:
         pattern = re.compile(rf"((?:{roots})\d+\.(?:{tails}))\.\w+")
         found = (pattern.fullmatch(name) for name in names)
         return list(dict.fromkeys(match[1] for match in found if match))
+
+    def block_of(self, name: str) -> int | None:
+        """Number of the tower's block or decoder layer that a parameter (transformers' name) lies in, if in one."""
+        for part, prefix in self._matches(name, "hf"):
+            if part.blocks is not None and (rest := name.removeprefix(prefix)).startswith(part.blocks):
+                number = rest.removeprefix(part.blocks).partition(".")[0]
+                return int(number) if number.isdecimal() else None
+        return None
 
     def to_checkpoint(self, hf_name: str, checkpoint_names: Collection[str]) -> str:
         """The name under which the given checkpoint stores what transformers calls `hf_name`.

@@ -30,7 +30,14 @@ _TEXT_MODELS = {  # decoders of the Llama layout -> whether they normalise queri
 def _parts(module: Module, hf: str, vllm: str, checkpoint: tuple[str, ...], names: tuple[str, ...]) -> tuple[Part, ...]:
     """Parts that differ only in what follows a common prefix."""
     return tuple(
-        Part(module, hf + name, vllm + name, tuple(one + name for one in checkpoint), decoder=name == "layers.")
+        Part(
+            module,
+            hf + name,
+            vllm + name,
+            tuple(one + name for one in checkpoint),
+            decoder=name == "layers.",
+            blocks="" if name in ("layers.", "blocks.") else None,
+        )
         for name in names
     )
 
@@ -55,6 +62,7 @@ _CLIP_TOWER = Part(  # CLIP and SigLIP: transformers 5 dropped the inner `vision
     "model.vision_tower.",
     "vision_tower.",
     ("vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower."),
+    blocks="encoder.layers.",
 )
 _LLAVA = (_CLIP_TOWER, _LLAVA_ALIGNER, *_LLAVA_LANGUAGE)
 
@@ -72,12 +80,24 @@ _QWEN3 = (
     Part("language_model", "lm_head.", "language_model.lm_head.", ("lm_head.",)),
 )
 _IDEFICS3 = (
-    Part("vision_tower", "model.vision_model.", "model.vision_model.", ("model.vision_model.",)),
+    Part(
+        "vision_tower",
+        "model.vision_model.",
+        "model.vision_model.",
+        ("model.vision_model.",),
+        blocks="encoder.layers.",
+    ),
     Part("aligner", "model.connector.", "model.connector.", ("model.connector.",)),
     *_language("model.text_model.", "model.text_model.", ("model.text_model.",)),
     Part("language_model", "lm_head.", "lm_head.", ("lm_head.",)),
 )
-_INTERNVL_TOWER = Part("vision_tower", "model.vision_tower.", "vision_tower.", ("vision_tower.", "model.vision_tower."))
+_INTERNVL_TOWER = Part(
+    "vision_tower",
+    "model.vision_tower.",
+    "vision_tower.",
+    ("vision_tower.", "model.vision_tower."),
+    blocks="encoder.layer.",
+)
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("LLaVA 1.5", ("llava",), ("LlavaForConditionalGeneration",), _LLAVA, "llama"),

@@ -126,10 +126,10 @@ def test_why_without_a_trainer_says_how_to_start_one(run: Run) -> None:
 
 
 def test_retrain_asks_for_what_was_said(run: Run) -> None:
-    given = ["--method", "dpo", "--rollout", "none", "--settings", "dpo.beta=0.2", "--settings", "lora.rank=8"]
+    given = ["--method", "dpo", "--rollout", "none", "--settings", "dpo.beta=0.2", "--settings", "modules.language_model.rank=8"]
     code, out, _ = run("retrain", *given, answers={"POST /noria/v1/jobs": job("queued")})
     assert (code, out) == (0, "job_1 queued\n")
-    settings = {"dpo": {"beta": 0.2}, "lora": {"rank": 8}}
+    settings = {"dpo": {"beta": 0.2}, "modules": {"language_model": {"rank": 8}}}
     body = {"method": "dpo", "settings": settings, "rollout": "none"}
     assert run.asked == [("POST /noria/v1/jobs", body)]  # type: ignore[attr-defined]
 

@@ -25,7 +25,8 @@ from train.data.pairs import PairRenderer, TextPair
 from train.data.render import ChatRenderer
 from train.methods.dpo import DpoReport, train_dpo
 from train.methods.dpo_trainer import Step
-from train.methods.frozen import FrozenModule, freeze, require_equal
+from train.methods.frozen import FrozenModule, require_equal
+from train.methods.policies import apply_policies
 from train.methods.policy_model import load_policy, load_processor, read_architecture
 
 COLOURS = ("red", "green", "blue")
@@ -56,9 +57,10 @@ def pairs(renderer: PairRenderer) -> list[TextPair]:
     return [renderer.render(pair(number)) for number in range(6)]
 
 
-def settings(**dpo: Any) -> TrainSettings:
-    asked = {"epochs": 3, "batch_size": 6, "micro_batch_size": 3, "learning_rate": 2e-3, "warmup_ratio": 0.0, **dpo}
-    return TrainSettings.model_validate({"dpo": asked, "lora": {"rank": 4, "alpha": 8}})
+def settings(modules: dict[str, Any] | None = None, **dpo: Any) -> TrainSettings:
+    asked = {"epochs": 3, "batch_size": 6, "micro_batch_size": 3, "warmup_ratio": 0.0, **dpo}
+    lora = {"language_model": {"rank": 4, "alpha": 8, "learning_rate": 2e-3}}
+    return TrainSettings.model_validate({"dpo": asked, "modules": lora if modules is None else modules})
 
 
 def run(
@@ -68,19 +70,23 @@ def run(
     asked: TrainSettings | None = None,
     adapters: Sequence[Path] = (),
     check: Callable[[], None] = lambda: None,
+    **more: Any,
 ) -> tuple[DpoReport, list[Step]]:
     """Trains in float32, so that tolerances say something about the formula and not about rounding."""
     steps: list[Step] = []
+    asked = asked or settings()
     report = train_dpo(
         master,
         adapters,
         pairs,
         load_image,
         out,
-        asked or settings(),
+        asked.dpo,
+        asked.policies(),
         on_step=steps.append,
         check=check,
         dtype=torch.float32,
+        **more,
     )
     return report, steps
 
@@ -203,7 +209,8 @@ def test_only_the_language_models_linears_learn(trained: tuple[Path, DpoReport, 
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(config["target_modules"])
     assert len(config["target_modules"]) == 14
-    assert sorted(path.name for path in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    files = ["adapter_config.json", "adapter_model.safetensors", "modules.json"]
+    assert sorted(path.name for path in adapter.iterdir()) == files
     assert [path for path in adapter.parent.iterdir() if path.name.startswith(".trl-")] == []
 
 
@@ -219,17 +226,17 @@ def test_tower_and_aligner_are_hashed_and_unchanged(trained: tuple[Path, DpoRepo
 def test_the_frozen_tower_keeps_no_graph_even_when_inputs_require_gradients(tiny_vlm: Path) -> None:
     architecture = read_architecture(tiny_vlm)
     model = load_policy(tiny_vlm, [], architecture, torch.float32)
-    guards = freeze(model, architecture)
+    guards = apply_policies(model, architecture, settings().policies()).guards
     assert sorted(guard.path for guard in guards) == ["model.multi_modal_projector", "model.vision_tower"]
     pixels = torch.zeros(1, 3, 32, 32, requires_grad=True)
     output = model.model.vision_tower(pixels)
     assert not output.last_hidden_state.requires_grad
     assert [guard.calls for guard in guards if guard.path == "model.vision_tower"] == [1]
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all((".lora_" in name) == parameter.requires_grad for name, parameter in model.named_parameters())
 
 
 def test_a_frozen_module_that_hands_on_a_gradient_ends_the_training() -> None:
-    leaky = torch.nn.Linear(2, 2)
+    leaky = torch.nn.Linear(2, 2)  # nothing runs it under no_grad
     FrozenModule("model.vision_tower", leaky)
     with pytest.raises(TrainingError, match=r"model\.vision_tower is frozen but its output carries a gradient"):
         leaky(torch.zeros(1, 2))
@@ -265,7 +272,8 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_batch(
             [replace(one, preference_id=f"pref_nan_{n}") for n, one in enumerate(pairs[:2])],
             load_image,
             tmp_path / "adapter",
-            settings(batch_size=2, micro_batch_size=2),
+            settings(batch_size=2, micro_batch_size=2).dpo,
+            settings().policies(),
             on_step=steps.append,
             check=lambda: None,
             dtype=torch.float32,
@@ -282,8 +290,8 @@ def test_a_non_finite_gradient_stops_before_the_step(
 ) -> None:
     """The loss is finite and its gradient is not: an infinite factor appears on the way back only."""
 
-    def poisoned(*args: Any) -> Any:
-        model = load_policy(*args)
+    def poisoned(*args: Any, **more: Any) -> Any:
+        model = load_policy(*args, **more)
         norm = model.model.language_model.norm
         norm.register_full_backward_hook(lambda module, grads, _: tuple(g * float("inf") for g in grads))
         return model
@@ -311,8 +319,7 @@ def test_cancelling_stops_between_micro_batches(tiny_vlm: Path, pairs: list[Text
 def test_the_adapters_dropout_is_the_one_asked_for(
     tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, DpoReport, list[Step]], tmp_path: Path
 ) -> None:
-    asked = settings()
-    asked = asked.model_copy(update={"lora": asked.lora.model_copy(update={"dropout": 0.5})})
+    asked = settings({"language_model": {"rank": 4, "alpha": 8, "learning_rate": 2e-3, "dropout": 0.5}})
     _, _, steps = trained
     _, dropped = run(tiny_vlm, pairs, tmp_path / "adapter", asked)
     assert dropped[-1].loss != steps[-1].loss

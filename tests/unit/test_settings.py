@@ -91,8 +91,9 @@ def test_files_are_shipped() -> None:
     [
         ({"train": {"dpo": {"batch_size": 5, "micro_batch_size": 2}}}, ("dpo.batch_size=5", "dpo.micro_batch_size=2")),
         ({"train": {"modules": {"vision_tower": "full"}}}, ("train.modules.vision_tower", "train.policy.method")),
-        ({"train": {"modules": {"aligner": "lora"}}}, ("train.modules.aligner", "train.policy.method")),
-        ({"train": {"modules": {"language_model": "full"}}}, ("train.modules.language_model", "train.policy.method")),
+        ({"train": {"modules": {"language_model": "frozen", "aligner": "full"}}}, ("language_model", "train.policy")),
+        ({"train": {"only": "aligner"}}, ("train.only", "train.policy.method")),
+        ({"train": {"modules": {"language_model": "full"}, "base": "gptq"}}, ("modules.language_model", "train.base")),
     ],
 )
 def test_a_conflict_names_both_keys(flags: dict[str, object], names: tuple[str, str]) -> None:
@@ -115,7 +116,7 @@ def test_a_job_overrides_a_part_and_keeps_the_rest() -> None:
     base = Settings().train
     changed = override_train(base, {"dpo": {"beta": 0.2}, "min_pairs": 2})
     assert (changed.dpo.beta, changed.min_pairs) == (0.2, 2)
-    assert changed.dpo.learning_rate == base.dpo.learning_rate
+    assert changed.modules == base.modules
     assert changed.quantize == base.quantize
     with pytest.raises(SettingsError) as refused:
         override_train(base, {"dpo": {"betta": 0.2}})

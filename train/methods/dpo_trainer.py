@@ -1,6 +1,7 @@
-"""TRL's DPOTrainer with three things around its loss: mixed pictures and text, a reference kept, no step on a NaN.
+"""TRL's DPOTrainer with four things around its loss: module policies, mixed pictures and text, a reference kept, no
+step on a NaN.
 
-Comes in: TextPairs and a model that TRL gives a LoRA. Goes out: gradient steps, and one `Step` record for each.
+Comes in: TextPairs and a model whose policies are applied. Goes out: gradient steps, and one `Step` record for each.
 The loss and its metrics are TRL's, untouched. Must not import `serve`.
 
 Shapes: B pairs in a batch.
@@ -19,6 +20,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from noria.errors import TrainingError
 from train.data.pairs import LoadImage, TextPair
+from train.methods.policies import Applied
 
 ROWS = "pair_rows"  # which pairs are in a batch: indices into the training list, taken out before the model sees it
 
@@ -36,7 +38,7 @@ class Step:
     reward_chosen: float
     reward_rejected: float
     grad_norm: float
-    learning_rate: float
+    learning_rate: float  # of the first module that trains, from the language model down
 
 
 class PairCollator:
@@ -64,20 +66,53 @@ class PairCollator:
         return batch
 
 
-class GuardedDPOTrainer(DPOTrainer):
-    """DPOTrainer that keeps each pair's reference log-probabilities and refuses a non-finite loss.
+class _ElsewhereReference(torch.nn.Module):
+    """Stands where TRL wants a reference model: the policy is its own, see GuardedDPOTrainer."""
 
-    The reference is the policy with its adapter off and never changes, so one forward a pair is enough. TRL can read
-    kept values from the batch, but refuses to precompute them for pictures; they are filled in here at a pair's first
-    visit, from the very batch the policy runs on, so policy and reference agree exactly before the first step.
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Never called."""
+        raise TrainingError("the reference's log-probabilities should have been kept")
+
+
+class GuardedDPOTrainer(DPOTrainer):
+    """DPOTrainer over applied policies, that keeps each pair's reference log-probabilities and refuses a bad loss.
+
+    The reference is the policy before its first step and never changes, so one forward a pair is enough. TRL can read
+    kept values from the batch, but refuses to precompute them for pictures. With LoRA alone they are filled in at a
+    pair's first visit, the adapter off, from the very batch the policy runs on, so policy and reference agree exactly
+    before the first step. Where weights train in full, `keep_reference` has to run before the first step.
     """
 
-    def __init__(self, *args: Any, pairs: Sequence[TextPair], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, applied: Applied, pairs: Sequence[TextPair], **kwargs: Any) -> None:
+        reference = _ElsewhereReference(applied.model.config)
+        super().__init__(*args, model=applied.model, ref_model=reference, **kwargs)
         self.precompute_ref_logps = True  # "read them from the batch"; set after TRL's refusal has been passed
+        applied.set_dropout()  # TRL turned every dropout off, the adapters' too
+        self._applied = applied
         self._pairs = pairs
         self._reference: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.step_rows: list[int] = []
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The optimiser that the arguments ask for, over the policies' own groups."""
+        if self.optimizer is None:
+            make, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options = {key: value for key, value in options.items() if key not in ("lr", "weight_decay")}
+            self.optimizer = self._applied.optimizer(make, **options)
+        return self.optimizer
+
+    def keep_reference(self, check: Callable[[], None]) -> None:
+        """Runs every pair once through the untrained policy. `check` is called between batches and may raise."""
+        size = self.args.per_device_train_batch_size
+        for first in range(0, len(self._pairs), size):
+            check()
+            rows = list(range(first, min(first + size, len(self._pairs))))
+            inputs = self._prepare_inputs(self.data_collator([{"row": row} for row in rows]))
+            self._add_reference(self.model, inputs, [int(row) for row in inputs.pop(ROWS)])
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -98,7 +133,8 @@ class GuardedDPOTrainer(DPOTrainer):
 
     def _add_reference(self, model: Any, inputs: dict[str, Any], rows: list[int]) -> None:
         if any(row not in self._reference for row in rows):
-            chosen_B, rejected_B = self.compute_ref_log_probs(model, inputs)
+            with self._applied.reference():
+                chosen_B, rejected_B = self.compute_ref_log_probs(model, inputs)
             for row, chosen, rejected in zip(rows, chosen_B, rejected_B, strict=True):
                 self._reference.setdefault(row, (chosen, rejected))
         inputs["ref_chosen_logps"] = torch.stack([self._reference[row][0] for row in rows])

@@ -20,6 +20,7 @@ from train.pipeline.prepare import frozen_pairs, parent_of
 
 if TYPE_CHECKING:
     from train.methods.dpo_trainer import Step
+    from train.methods.policies import Applied
 
 
 def run(ctx: JobContext) -> Json:
@@ -48,14 +49,24 @@ def _train(ctx: JobContext) -> Json:
             [renderer.render(pair) for pair in pairs],
             images,
             out,
-            ctx.train,
+            ctx.train.dpo,
+            ctx.train.policies(),
             on_step=lambda step: _report(ctx, step, log),
             check=ctx.check,
+            on_ready=lambda applied: report_modules(ctx, applied),
+            base=ctx.train.base,
+            serving=parent.serving,
         )
     kept = ("steps", "pairs", "loss_first", "loss_last", "margin_last", "accuracy_last")
     told = asdict(report)
     ctx.metrics({key: told[key] for key in kept})
     return told
+
+
+def report_modules(ctx: JobContext, applied: Applied) -> None:
+    """The table of who trains: into the job's history, the log and, as it stands, into `train/modules.txt`."""
+    (ctx.folder / "train" / "modules.txt").write_text(applied.table() + "\n")
+    ctx.note("modules:\n" + applied.table(), modules=[asdict(row) for row in applied.rows])
 
 
 def _report(ctx: JobContext, step: Step, log: TextIO) -> None:
