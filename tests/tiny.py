@@ -95,7 +95,7 @@ def build_tiny_vlm(
         tie_word_embeddings=tie_word_embeddings,
     )
     model = LlavaForConditionalGeneration(config)
-    _draw_weights(model, seed, readable_ids(tokenizer))
+    draw_weights(model, seed, readable_ids(tokenizer))
     wanted = getattr(torch, dtype)
     tensors = {hub_name(name): tensor.to(wanted).contiguous() for name, tensor in model.state_dict().items()}
     if tie_word_embeddings:
@@ -212,7 +212,8 @@ def readable_ids(tokenizer: Any) -> list[int]:
     return [number for number, text in texts if text and set(text) <= printable]
 
 
-def _draw_weights(model: Any, seed: int, readable: list[int]) -> None:
+def draw_weights(model: Any, seed: int, readable: list[int]) -> None:
+    """Layers of unit gain; logits of some nats' spread over the readable tokens, and 0 for the others."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
