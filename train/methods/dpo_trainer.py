@@ -99,6 +99,7 @@ class GuardedDPOTrainer(DPOTrainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimiser that the arguments ask for, over the policies' own groups."""
+        self.optimizer: Any  # transformers does not say
         if self.optimizer is None:
             make, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             options = {key: value for key, value in options.items() if key not in ("lr", "weight_decay")}

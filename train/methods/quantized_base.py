@@ -9,6 +9,7 @@ Shapes: T rows of activations, I inputs and O outputs of a linear.
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def to_nf4(model: Any, architecture: Architecture, dtype: torch.dtype) -> None:
 def replace_by_nf4(model: Any, architecture: Architecture, dtype: torch.dtype) -> None:
     """The decoder's linears as bitsandbytes' Linear4bit (NF4, doubly quantised), packed when they reach a device."""
     try:
-        import bitsandbytes
+        bitsandbytes = importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise TrainingError(
             "train.base='bitsandbytes' needs the package: pip install bitsandbytes", code="no_bitsandbytes"

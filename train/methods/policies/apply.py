@@ -33,9 +33,9 @@ from noria.module_settings import ResolvedPolicy
 from noria.modules import Architecture
 from noria.records import MODULES, Module
 from train.methods import frozen
-from train.methods.checkpointing import checkpoint_modules, checkpointing_off
+from train.methods.policies.checkpointing import checkpoint_modules, checkpointing_off
 from train.methods.frozen import FrozenModule
-from train.methods.scope import Scope, scopes
+from train.methods.policies.scope import Scope, scopes
 
 ADAPTER = "default"  # peft's name of the adapter that is trained
 
