@@ -33,8 +33,8 @@ from noria.module_settings import ResolvedPolicy
 from noria.modules import Architecture
 from noria.records import MODULES, Module
 from train.methods import frozen
-from train.methods.policies.checkpointing import checkpoint_modules, checkpointing_off
 from train.methods.frozen import FrozenModule
+from train.methods.policies.checkpointing import checkpoint_modules, checkpointing_off
 from train.methods.policies.scope import Scope, scopes
 
 ADAPTER = "default"  # peft's name of the adapter that is trained
