@@ -22,12 +22,10 @@ from PIL import Image as Pillow
 
 from noria.errors import InvalidRequest
 from noria.records import BLOB_SCHEME
+from noria.scenes import is_made
 
 KeepImage = Callable[[bytes, str], str]
 """Stores a picture's bytes (second: its media type) and returns its reference."""
-
-DRAWN = ("scene:", "digit:", "photo:")
-"""References that `noria.scenes` draws."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -90,7 +88,7 @@ class Place:
         name = value.removeprefix(BLOB_SCHEME)
         if _SHA256.fullmatch(name):
             return self.stored.get(name, name)
-        if value.startswith(DRAWN) or value.startswith("data:"):
+        if is_made(value) or value.startswith("data:"):
             return value
         if _SCHEME.match(value) and not value.lower().startswith("file://"):
             return value

@@ -17,7 +17,7 @@ from PIL import Image as Pillow
 
 from noria.errors import NoriaError, TrainingError
 from noria.records import BLOB_SCHEME
-from train.data.formats.pictures import DRAWN
+from noria.scenes import draw, is_made
 from train.data.render import decode_image
 from train.data.sources.files import is_url
 
@@ -47,9 +47,7 @@ class ImageLoader:
         return self._pictures[reference]
 
     def _load(self, reference: str) -> Pillow.Image:
-        if reference.startswith(DRAWN):
-            from noria.scenes import draw
-
+        if is_made(reference):
             return draw(reference)
         return decode_image(self._bytes(reference))
 

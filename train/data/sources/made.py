@@ -6,19 +6,17 @@ Must not import torch, transformers or `serve`.
 
 from __future__ import annotations
 
+from noria.scenes import SETS
+from noria.scenes import rows as made_rows
 from train.data.sources.files import RawRow
-
-NAMES = ("scenes", "digits", "photos")
 
 
 def is_made(source: str) -> bool:
     """Whether the source is one of Noria's own sets; a file of such a name is reached as `./scenes`."""
-    return source in NAMES
+    return source in SETS
 
 
 def rows(name: str, kind: str, split: str, count: int | None, seed: int) -> list[RawRow]:
     """The set's rows for a stage of this kind: `count` of them, or as many as the set has."""
-    from noria import scenes
-
-    made = scenes.rows(name, kind, split=split, count=count, seed=seed)
+    made = made_rows(name, kind, split=split, count=count, seed=seed)
     return [RawRow(f"{name}[{split}]", number, row, None) for number, row in enumerate(made, start=1)]
