@@ -157,6 +157,6 @@ def _unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
     import torch
 
     wide = words.to(torch.int64) & 0xFFFFFFFF
-    shifts = torch.arange(0, 32, bits, dtype=torch.int64)[None, :, None]
+    shifts = torch.arange(0, 32, bits, dtype=torch.int64, device=words.device)[None, :, None]
     values = (wide[:, None, :] >> shifts) & ((1 << bits) - 1)
     return values.reshape(-1, words.shape[1])
