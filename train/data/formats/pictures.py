@@ -28,6 +28,7 @@ KeepImage = Callable[[bytes, str], str]
 """Stores a picture's bytes (second: its media type) and returns its reference."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_NETWORK = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -90,10 +91,11 @@ class Place:
             return self.stored.get(name, name)
         if is_made(value) or value.startswith("data:"):
             return value
-        if _SCHEME.match(value) and not value.lower().startswith("file://"):
+        scheme = value.partition("://")[0].lower() if _SCHEME.match(value) else None
+        if scheme in _NETWORK or (scheme not in (None, "file", "local") and not self._remote):
             return value
         if self._remote:
-            if value.lower().startswith("file://") or self.folder is None:
+            if scheme is not None or self.folder is None:
                 raise InvalidRequest(
                     f"picture {value!r} is a file of this machine, which data from elsewhere may not name"
                 )

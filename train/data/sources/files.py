@@ -150,10 +150,14 @@ def _place_of(source: str) -> Iterator[None]:
     except NoriaError:
         raise
     except FileNotFoundError as error:
+        if isinstance(error.__cause__, OSError):  # fsspec calls a server that does not answer a missing file
+            raise Unavailable(f"{source!r} does not answer: {error.__cause__}", param="source") from error
         raise NotFound(f"no data at {source!r}: {error}", param="source") from error
     except ImportError as error:
         raise InvalidRequest(f"{source!r} needs a package that is not installed: {error}", param="source") from error
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{source!r} is not UTF-8 text: {error}", param="source") from error
+    except ValueError as error:
+        raise InvalidRequest(f"{source!r} cannot be read: {error}", param="source") from error
     except Exception as error:  # fsspec's back ends let their libraries' own errors through
         raise Unavailable(f"{source!r} cannot be read: {error!r}", param="source") from error

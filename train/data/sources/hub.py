@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 from noria.errors import NotFound, Unavailable
-from train.data.sources.files import RawRow
+from train.data.sources.files import SUFFIXES, RawRow
 
-_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
 def is_name(source: str) -> bool:
-    """Whether the source may be a data set's name."""
-    return bool(_NAME.fullmatch(source))
+    """Whether the source may be a data set's name: not a path, and not what a file of rows is called."""
+    return bool(_NAME.fullmatch(source)) and not source.lower().endswith(SUFFIXES)
 
 
 class HubRows(Sequence[RawRow]):
