@@ -56,7 +56,7 @@ class DataSource(Section):
     seed: int = 0
     """Seed of what is drawn, and of which rows `count` takes."""
     weight: float = Field(1.0, gt=0)
-    """How often a row is seen in one pass, beside the other sources: 2 is twice, 0.5 every other pass."""
+    """How often a row is seen in one pass, beside the other sources: 2 is twice; 0.5 takes half of the rows."""
     strict: bool = False
     """Stop at the first bad row, in place of reporting and counting it."""
 
@@ -81,9 +81,9 @@ class RecipeStage(Section):
     batch_size: int = Field(8, ge=1)
     """Samples (packed: sequences) in one optimiser step, over all processes."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Samples in one forward; divides batch_size. None is batch_size, at most 4."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rates go after the warm-up: stay, or fall to nothing."""
+    """Samples in one forward; divides batch_size. None is 1 where samples are packed, else a divisor up to 4."""
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    """How the learning rates go after the warm-up: stay, or fall to nothing. None is cosine; for `dpo` it is linear."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     """Share of steps over which the rates rise."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -94,8 +94,8 @@ class RecipeStage(Section):
     """Put many samples into one sequence of max_length, attention and positions kept apart."""
     group_by_length: bool = False
     """Batches of samples of like length."""
-    checkpoint_every: int = Field(100, ge=1)
-    """Steps between two checkpoints that an interrupted stage goes on from."""
+    checkpoint_every: int | None = Field(None, ge=1)
+    """Steps between two checkpoints that an interrupted stage goes on from; none is 100. `dpo` starts again instead."""
     beta: float | None = Field(None, gt=0)
     """Strength of the pull to the reference, for `dpo` alone; none is 0.1."""
     head_learning_rate: float | None = Field(None, gt=0)
@@ -114,14 +114,10 @@ class RecipeStage(Section):
             raise ValueError(told)
         if self.packing and self.group_by_length:
             raise ValueError("packing and group_by_length contradict each other: a packed sequence is always full")
-        if self.kind in ("vision", "dpo"):
-            for key in ("packing", "group_by_length"):
-                if getattr(self, key):
-                    raise ValueError(f"{key}=true would be ignored: kind={self.kind!r} reads no conversations")
-        if self.beta is not None and self.kind != "dpo":
-            raise ValueError(f"beta would be ignored: kind={self.kind!r} has no reference")
-        if self.head_learning_rate is not None and self.kind != "vision":
-            raise ValueError(f"head_learning_rate would be ignored: kind={self.kind!r} has no heads")
+        for key, kinds, why in _IGNORED:
+            value = getattr(self, key)
+            if self.kind in kinds and value not in (None, False):
+                raise ValueError(f"{key}={value!r} would be ignored: kind={self.kind!r} {why}")
         return self
 
     @model_validator(mode="after")
@@ -144,10 +140,11 @@ class RecipeStage(Section):
 
     @property
     def micro(self) -> int:
-        """Samples in one forward: as said, else the largest divisor of batch_size up to 4."""
+        """Samples in one forward: as said, else 1 where they are packed, else a divisor of batch_size up to 4."""
         if self.micro_batch_size is not None:
             return self.micro_batch_size
-        return next(n for n in range(min(4, self.batch_size), 0, -1) if self.batch_size % n == 0)
+        most = 1 if self.packing else min(4, self.batch_size)
+        return next(n for n in range(most, 0, -1) if self.batch_size % n == 0)
 
 
 class Recipe(Section):
@@ -185,6 +182,15 @@ class Recipe(Section):
         return f"{index + 1:02d}-{self.stages[index].name}"
 
 
+_CONVERSATIONS: tuple[StageKind, ...] = ("align", "sft", "finetune")
+_IGNORED: tuple[tuple[str, tuple[StageKind, ...], str], ...] = (
+    ("packing", ("vision", "dpo"), "reads no conversations"),
+    ("group_by_length", ("vision", "dpo"), "reads no conversations"),
+    ("beta", ("vision", *_CONVERSATIONS), "has no reference"),
+    ("head_learning_rate", ("dpo", *_CONVERSATIONS), "has no heads"),
+    ("schedule", ("dpo",), "falls linearly"),
+    ("checkpoint_every", ("dpo",), "is run again from its start"),
+)
 _UNREACHED: dict[StageKind, tuple[Module, ...]] = {
     "vision": ("aligner", "language_model"),
     "align": (),

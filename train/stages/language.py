@@ -1,0 +1,130 @@
+"""Stages `align`, `sft` and `finetune` as a task: conversations in, cross-entropy of the answers' tokens out.
+
+Comes in: samples, a model whose policies are applied, its processor. Goes out: a `Task` for the trainer.
+Must not import `serve`.
+
+Shapes: B rows, T tokens, K positions whose next token is learnt in any row, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from noria.errors import TrainingError
+from noria.recipes import RecipeStage
+from noria.records import Json
+from train.data import packing
+from train.data.collate import SupervisedCollator
+from train.data.encode import IGNORED, Encoder
+from train.data.packing import PackedCollator
+from train.data.samples import LoadImage, Sample
+from train.methods.policies import Applied
+from train.pipeline.files import once
+from train.stages.order import Plan, Unit, plan
+
+
+class LanguageTask:
+    """A whole model that reads conversations and learns their answers. `measured` is what `measure` told."""
+
+    def __init__(
+        self,
+        applied: Applied,
+        processor: Any,
+        samples: Sequence[Sample],
+        load_image: LoadImage,
+        stage: RecipeStage,
+        measured: Json,
+    ) -> None:
+        self.model = applied.model
+        self._groups = applied.groups
+        self._samples = samples
+        encoder = Encoder(processor, load_image, stage.max_length)
+        self._counts = measured
+        self.plan = self._plan(stage)
+        self._packed = stage.packing
+        self._collate = PackedCollator(encoder, applied.model) if stage.packing else SupervisedCollator(encoder)
+        self._keeps = "logits_to_keep" in inspect.signature(applied.model.forward).parameters
+
+    def groups(self, model: Any) -> list[dict[str, Any]]:
+        """The groups of the applied policies."""
+        return self._groups
+
+    def collate(self, units: list[Unit]) -> dict[str, Any]:
+        """The model's inputs; an item is a token of an answer."""
+        rows = [tuple(self._samples[number] for number in unit) for unit in units]
+        alone = [sample for row in rows for sample in row]
+        inputs = self._collate(rows if self._packed else alone)  # type: ignore[arg-type]
+        labels = inputs.pop("labels")
+        mask = inputs.get("attention_mask")
+        return {
+            "inputs": inputs,
+            "labels": labels,
+            "items": int((labels[:, 1:] != IGNORED).sum()),
+            "tokens": int(mask.sum()) if mask is not None else int(labels.numel()),
+            "sources": [sample.source for sample in alone],
+        }
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
+        """-sum log p(token) over the answers' tokens, in nats; the output layer runs on their positions alone."""
+        targets_BT = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        inputs = {"use_cache": False, **batch["inputs"]}
+        keep_K = (targets_BT != IGNORED).any(0).nonzero().flatten()
+        if self._keeps and len(keep_K):
+            logits_BKV = model(**inputs, logits_to_keep=keep_K).logits
+            targets_BT = targets_BT[:, keep_K]
+        else:
+            logits_BKV = model(**inputs).logits
+        loss = functional.cross_entropy(
+            logits_BKV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return loss, {}
+
+    def report(self) -> Json:
+        """What became of the samples, in counts."""
+        return {"encoded": self._counts["counts"], "bad_pictures": self._counts["bad"]}
+
+    def _plan(self, stage: RecipeStage) -> Plan:
+        kept, lengths = self._counts["kept"], self._counts["lengths"]
+        if not kept:
+            why = ", ".join(f"{n} {reason}" for reason, n in self._counts["counts"]["dropped"].items())
+            raise TrainingError(f"stage {stage.name!r}: no sample can be trained on ({why})", code="no_data")
+        if stage.packing:
+            return plan(stage, kept, pack=lambda number: _packs(stage, kept, lengths, number))
+        by_number = dict(zip(kept, lengths, strict=True))
+        return plan(stage, kept, lengths=by_number if stage.group_by_length else None)
+
+
+def _packs(stage: RecipeStage, kept: list[int], lengths: list[int], number: int) -> list[Unit]:
+    found = packing.plan(lengths, stage.max_length, seed=stage.seed + 2 * number)
+    return [tuple(kept[place] for place in pack) for pack in found]
+
+
+def measure(
+    processor: Any,
+    samples: Sequence[Sample],
+    load_image: LoadImage,
+    stage: RecipeStage,
+    receipt: Path,
+    tick: Callable[[int], None] = lambda done: None,
+) -> Json:
+    """How long each sample is and which are left out, found once for all attempts and processes and kept in a file."""
+
+    def produce() -> Json:
+        encoder = Encoder(processor, load_image, stage.max_length)
+        found = encoder.measure(samples, tick)
+        counts = encoder.counts
+        return {
+            "kept": found.kept,
+            "lengths": found.lengths,
+            "bad": [f"{one.file}:{one.line}: {one.reason}" for one in found.bad[:100]],
+            "counts": asdict(counts),
+        }
+
+    return once(receipt, produce)

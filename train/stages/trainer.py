@@ -1,0 +1,297 @@
+"""transformers' Trainer with the stage's own order, loss, optimiser groups and checkpoints, and no step on a NaN.
+
+Comes in: a `Task`, a `Plan`, the recipe's stage. Goes out: a trained model in memory, one `Step` a step, checkpoints
+that hold what trains and nothing else. Must not import `serve`.
+
+The loss of a step is the sum of its terms over all micro-batches and processes, divided by their number: it does not
+depend on how a batch is cut up.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from noria.errors import LeaseLost, TrainingError
+from noria.recipes import RecipeStage
+from train.heartbeat import SHUTDOWN
+from train.stages.order import Plan, Unit
+from train.stages.spec import Step
+
+TRAINABLE = "trainable.safetensors"
+WHOLE = "whole"  # a checkpoint's last file: all processes have written theirs
+CHECKPOINT_EVERY = 100
+_KEPT_CHECKPOINTS = 2
+_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+class Task(Protocol):
+    """What a kind of stage brings: the model that is called, its batches and its loss."""
+
+    model: Any
+
+    def groups(self, model: Any) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups of the (wrapped) model; each has `params`, `lr`, `weight_decay`."""
+
+    def collate(self, units: list[Unit]) -> dict[str, Any]:
+        """A micro-batch: what `loss` needs, `items` (loss terms), `tokens` (read), `sources` (where rows are from)."""
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
+        """The sum of the loss over the batch's items, and figures to report."""
+
+
+class StageTrainer(transformers.Trainer):
+    """Runs one task over one plan."""
+
+    def __init__(
+        self, task: Task, plan: Plan, stage: RecipeStage, out: Path, watch: StageWatch, **options: Any
+    ) -> None:
+        self.task = task
+        self._plan = plan
+        self._sources: list[str] = []
+        self._micro_batch = stage.micro
+        super().__init__(model=task.model, args=arguments(stage, plan, out, **options), callbacks=[watch])
+        watch.trainer = self
+        self.watch = watch
+        self.model_accepts_loss_kwargs = True  # the loss is divided here, by all of a step's items
+        self.remove_callback(transformers.PrinterCallback)
+        self.remove_callback(transformers.ProgressCallback)
+
+    def get_train_dataloader(self) -> Any:
+        """This process's micro-batches, in order; a resumed run skips those it has seen."""
+        mine = self._plan.share(self.args.process_index, self.args.world_size)
+        units = [unit for micro in mine for unit in micro]
+        rows = _Rows(len(mine), self._micro_batch)
+        return DataLoader(_Units(units), batch_sampler=rows, collate_fn=self.task.collate)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over the task's groups."""
+        if self.optimizer is None:
+            groups = self.task.groups(self.model if model is None else model)
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The micro-batch's part of the step's loss. Raises TrainingError, naming its rows, when it is not finite."""
+        self._sources += inputs["sources"]
+        total, metrics = self.task.loss(model, inputs)
+        if not bool(torch.isfinite(total.detach())):
+            raise non_finite(f"loss {float(total.detach())}", self._sources)
+        self.watch.measured(inputs["tokens"], metrics)
+        return total / num_items_in_batch * self.args.world_size
+
+    def begin_step(self) -> None:
+        """A new optimiser step: its rows are named afresh."""
+        self._sources.clear()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted."""
+        return 0
+
+    def save_now(self) -> None:
+        """A checkpoint of this very step."""
+        self._save_checkpoint(self.model, trial=None)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> torch.Tensor:
+        items = torch.tensor(sum(batch["items"] for batch in batch_samples), dtype=torch.float32, device=device)
+        if self.args.world_size > 1:
+            items = self.accelerator.gather(items).sum()
+        return items.clamp(min=1.0)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Raises TrainingError before the optimiser step when a gradient is not finite."""
+        named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            total = torch.nn.utils.get_total_norm([grad for _, grad in named])
+            if not bool(torch.isfinite(total)):
+                worst = next((name for name, grad in named if not bool(torch.isfinite(grad).all())), "all parameters")
+                raise non_finite(f"gradient of {worst}", self._sources)
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and not bool(torch.isfinite(torch.as_tensor(float(norm)))):
+            raise non_finite(f"gradient norm {float(norm)}", self._sources)
+        return norm
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trainables(self.model, state_dict), folder / TRAINABLE, metadata={"format": "pt"})
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        kept = load_file(Path(resume_from_checkpoint) / TRAINABLE)
+        held = {_plain(name): p for name, p in self.model.named_parameters() if p.requires_grad}
+        if kept.keys() != held.keys():
+            odd = sorted(kept.keys() ^ held.keys())[0]
+            raise TrainingError(f"the checkpoint {resume_from_checkpoint} is of another stage: {odd} is in one only")
+        with torch.no_grad():
+            for name, parameter in held.items():
+                parameter.copy_(kept[name])
+
+
+class StageWatch(transformers.TrainerCallback):
+    """Between steps: lets the job be stopped, keeps a checkpoint when the machine asks, reports each step."""
+
+    def __init__(self, on_step: Callable[[Step], None], check: Callable[[], None]) -> None:
+        self._on_step = on_step
+        self._check = check
+        self.trainer: StageTrainer | None = None
+        self.stopped: LeaseLost | None = None
+        self._tokens = 0
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._began = time.monotonic()
+
+    def measured(self, tokens: int, metrics: dict[str, float]) -> None:
+        """One micro-batch was read."""
+        self._tokens += tokens
+        for name, value in metrics.items():
+            self._metrics[name].append(value)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A new optimiser step."""
+        self._check()
+        self._began = time.monotonic()
+        if self.trainer is not None:
+            self.trainer.begin_step()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A micro-batch that is not the step's last."""
+        self._check()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A machine that is asked to stop keeps what it has learnt; any other reason ends the work at once."""
+        try:
+            self._check()
+        except LeaseLost as stop:
+            if stop.code != SHUTDOWN:
+                raise
+            self.stopped = stop
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Every step logs once; the summary at the end has no `loss`."""
+        if not logs or "loss" not in logs:
+            return
+        figures = {name: sum(values) / len(values) for name, values in self._metrics.items()}
+        tokens, self._tokens = self._tokens * args.world_size, 0
+        self._metrics.clear()
+        if not state.is_world_process_zero:
+            return
+        self._on_step(
+            Step(
+                step=int(state.global_step),
+                steps=int(state.max_steps),
+                loss=float(logs["loss"]),
+                grad_norm=float(logs.get("grad_norm", 0.0)),
+                learning_rate=float(logs.get("learning_rate", 0.0)),
+                tokens=tokens,
+                seconds=round(time.monotonic() - self._began, 4),
+                metrics={name: round(value, 6) for name, value in figures.items()},
+            )
+        )
+
+
+def arguments(stage: RecipeStage, plan: Plan, out: Path, **options: Any) -> transformers.TrainingArguments:
+    """The stage in transformers' words. Nothing is sent or printed by it; every step is logged to the callback."""
+    cuda = torch.cuda.is_available()
+    processes = options.pop("processes", 1)
+    return transformers.TrainingArguments(
+        output_dir=str(out),
+        max_steps=plan.steps,
+        per_device_train_batch_size=stage.micro,
+        gradient_accumulation_steps=plan.per_step // processes,
+        lr_scheduler_type=_SCHEDULES[stage.schedule or "cosine"],
+        warmup_steps=stage.warmup_ratio if stage.warmup_ratio < 1 else 0.999,
+        max_grad_norm=stage.max_grad_norm,
+        seed=stage.seed,
+        data_seed=stage.seed,
+        use_cpu=not cuda,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=stage.checkpoint_every or CHECKPOINT_EVERY,
+        save_total_limit=_KEPT_CHECKPOINTS,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=processes > 1,  # text alone leaves the aligner without a gradient
+        **options,
+    )
+
+
+def trainables(model: Any, state: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
+    """What trains, by name, on the CPU; `state` has the values where the model holds shards of them."""
+    named = [(_plain(name), parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    plain = {_plain(name): value for name, value in (state or {}).items()}
+    return {name: plain.get(name, parameter).detach().cpu().contiguous() for name, parameter in named}
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest whole checkpoint; what was cut off is removed."""
+    found = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in found:
+        if not (path / WHOLE).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+    whole = [path for path in found if path.is_dir()]
+    return whole[-1] if whole else None
+
+
+def non_finite(what: str, sources: list[str]) -> TrainingError:
+    """The error of a step that was not taken."""
+    return TrainingError(
+        f"{what} is not finite; stopped before the optimiser step. Rows in the batch: {', '.join(sources)}",
+        code="non_finite",
+    )
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what FSDP, DDP or compilation put around it."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "").removeprefix("module.")
+
+
+class _Units:
+    """The units of one process, by number."""
+
+    def __init__(self, units: list[Unit]) -> None:
+        self._units = units
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def __getitem__(self, index: int) -> Unit:
+        return self._units[index]
+
+
+class _Rows:
+    """A batch sampler: micro-batches one after the other."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self._count = count
+        self.batch_size = size
+        self.drop_last = False
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, self._count * self.batch_size, self.batch_size):
+            yield list(range(start, start + self.batch_size))

@@ -1,0 +1,1 @@
+"""Stage `vision`: the tower learns alone from labels and boxes, under heads that are thrown away afterwards."""

@@ -1,0 +1,139 @@
+"""Stage `vision` as a task: pictures with labels and boxes in, the tower's gradients out.
+
+Comes in: samples, a model whose policies are applied, its processor. Goes out: a `Task` for the trainer.
+Must not import `serve`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from noria.errors import TrainingError
+from noria.recipes import RecipeStage
+from noria.records import Json
+from train.data.samples import Box, LoadImage, VisionSample
+from train.methods.policies import Applied
+from train.stages.order import Plan, Unit, plan
+from train.stages.vision.heads import Heads, Truth, Vocabulary
+from train.stages.vision.views import Views, Window
+
+HEAD_RATE = 1e-3
+_SEEN = 0.25  # the least share of a box that the tower must see for it to count
+_UNKNOWN = -100
+
+
+class VisionTask:
+    """The tower under heads. `model` holds both, so that one optimiser and one checkpoint do."""
+
+    def __init__(
+        self,
+        applied: Applied,
+        processor: Any,
+        samples: Sequence[VisionSample],
+        load_image: LoadImage,
+        stage: RecipeStage,
+    ) -> None:
+        self._samples = samples
+        self._load_image = load_image
+        self._applied = applied
+        self._views = Views(applied.model, applied.architecture, processor)
+        self.vocabulary = vocabulary(samples)
+        self.plan: Plan = plan(stage, range(len(samples)))
+        self.model = TowerWithHeads(applied.model, self._views, Heads(self._views.width, self.vocabulary))
+        self._head_rate = stage.head_learning_rate or HEAD_RATE
+
+    def groups(self, model: Any) -> list[dict[str, Any]]:
+        """The tower's groups, and one of the heads."""
+        heads = [p for name, p in model.named_parameters() if ".heads." in f".{name}"]
+        return [*self._applied.groups, {"params": heads, "lr": self._head_rate, "weight_decay": 0.0}]
+
+    def collate(self, units: list[Unit]) -> dict[str, Any]:
+        """Pixels and what is true of them; an item is a picture."""
+        samples = [self._samples[number] for unit in units for number in unit]
+        pictures = [self._load_image(sample.image) for sample in samples]
+        return {
+            "pixels": self._views.pixels(pictures),
+            "truth": truth(samples, [self._views.window(one) for one in pictures], self.vocabulary),
+            "items": len(samples),
+            "tokens": len(samples),
+            "sources": [sample.source for sample in samples],
+        }
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
+        """Summed over pictures."""
+        total, figures = model(batch["pixels"], batch["truth"])
+        return total, figures
+
+    def report(self) -> Json:
+        """What the heads told apart."""
+        told = {label: list(values) for label, values in self.vocabulary.labels.items()}
+        return {"labels": told, "objects": list(self.vocabulary.objects)}
+
+
+class TowerWithHeads(nn.Module):
+    """A whole model of which only the tower runs, and the heads."""
+
+    def __init__(self, model: Any, views: Views, heads: Heads) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = heads
+        self._views = views
+
+    def forward(
+        self, pixels: Mapping[str, torch.Tensor], true: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The summed loss and figures, as `Heads` tells them."""
+        loss, figures = self.heads(self._views.patches(pixels), Truth(true["classes"], true["boxes"], true["kinds"]))
+        return loss, figures
+
+
+def vocabulary(samples: Sequence[VisionSample]) -> Vocabulary:
+    """Every label with at least two values, and every object. Raises TrainingError when there is nothing to learn."""
+    values: dict[str, set[str]] = defaultdict(set)
+    objects: set[str] = set()
+    for number in range(len(samples)):
+        sample = samples[number]
+        for label, value in sample.labels.items():
+            values[label].add(value)
+        objects |= {box.label for box in sample.boxes}
+    labels = {label: tuple(sorted(found)) for label, found in sorted(values.items()) if len(found) > 1}
+    if not labels and not objects:
+        raise TrainingError(
+            "no label of the data has two values and there is no box: there is nothing to learn", code="no_data"
+        )
+    return Vocabulary(labels, tuple(sorted(objects)))
+
+
+def truth(samples: Sequence[VisionSample], windows: Sequence[Window], known: Vocabulary) -> dict[str, Any]:
+    """`Truth` as plain containers, which trainers can move: `classes`, `boxes`, `kinds`."""
+    classes = {
+        label: torch.tensor([values.index(one.labels[label]) if label in one.labels else _UNKNOWN for one in samples])
+        for label, values in known.labels.items()
+    }
+    boxes: list[torch.Tensor | None] = []
+    kinds: list[torch.Tensor | None] = []
+    for sample, window in zip(samples, windows, strict=True):
+        seen = [(box, part) for box in sample.boxes if (part := _through(box, window)) is not None]
+        boxes.append(torch.tensor([part for _, part in seen]) if seen else None)
+        kinds.append(torch.tensor([1 + known.objects.index(box.label) for box, _ in seen]) if seen else None)
+    return {"classes": classes, "boxes": boxes, "kinds": kinds}
+
+
+def _through(box: Box, window: Window) -> tuple[float, float, float, float] | None:
+    """The box in the window's own shares, cut at its edge; None where too little of it is seen."""
+    x0, y0, x1, y1 = window
+    left, right = _clip((box.x0 - x0) / (x1 - x0)), _clip((box.x1 - x0) / (x1 - x0))
+    top, bottom = _clip((box.y0 - y0) / (y1 - y0)), _clip((box.y1 - y0) / (y1 - y0))
+    whole = (box.x1 - box.x0) * (box.y1 - box.y0) / ((x1 - x0) * (y1 - y0))
+    if whole <= 0 or (right - left) * (bottom - top) < _SEEN * whole:
+        return None
+    return left, top, right, bottom
+
+
+def _clip(share: float) -> float:
+    return min(1.0, max(0.0, share))
