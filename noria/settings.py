@@ -171,7 +171,7 @@ class TrainSettings(Section):
     """Trains this module in full and freezes the two others: short for saying so in `modules`."""
     base: Literal["master", "gptq", "bitsandbytes"] = "master"
     """What a LoRA learns on: full-precision weights, or 4-bit ones (QLoRA): the parent's own serving checkpoint
-    (`gptq`), or NF4 made on the GPU (`bitsandbytes`). The result is merged into the master in every case."""
+    (`gptq`), or NF4 (`bitsandbytes`). The result is merged into the master in every case."""
     dpo: DpoSettings = DpoSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     verify: VerifySettings = VerifySettings()

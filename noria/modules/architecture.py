@@ -29,6 +29,8 @@ class Part:
 
     `checkpoint` lists every spelling found in files, the hub's first. `decoder` marks the stack of decoder layers.
     `blocks` is what stands between the prefix and a block's number, in transformers' names; none where there are none.
+    `unread` are subtrees behind the prefix that are stored and never read, like the last norm of a tower whose hidden
+    states are taken before it.
     """
 
     module: Module
@@ -37,6 +39,7 @@ class Part:
     checkpoint: tuple[str, ...]
     decoder: bool = False
     blocks: str | None = None
+    unread: tuple[str, ...] = ()
 
     def prefixes(self, spelling: Spelling) -> tuple[str, ...]:
         """The part's prefixes in one spelling."""
@@ -113,6 +116,10 @@ class Architecture:
                 number = rest.removeprefix(part.blocks).partition(".")[0]
                 return int(number) if number.isdecimal() else None
         return None
+
+    def is_read(self, name: str) -> bool:
+        """Whether a parameter (transformers' name) takes part in a forward: what does not can never be trained."""
+        return not any(name.removeprefix(prefix).startswith(part.unread) for part, prefix in self._matches(name, "hf"))
 
     def to_checkpoint(self, hf_name: str, checkpoint_names: Collection[str]) -> str:
         """The name under which the given checkpoint stores what transformers calls `hf_name`.

@@ -63,6 +63,7 @@ _CLIP_TOWER = Part(  # CLIP and SigLIP: transformers 5 dropped the inner `vision
     "vision_tower.",
     ("vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower."),
     blocks="encoder.layers.",
+    unread=("post_layernorm.", "head."),
 )
 _LLAVA = (_CLIP_TOWER, _LLAVA_ALIGNER, *_LLAVA_LANGUAGE)
 

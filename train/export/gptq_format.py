@@ -64,11 +64,18 @@ def dequantise(packed: PackedLinear, bits: int, v1: bool = True) -> torch.Tensor
     import torch
 
     q_IO = _unpack_rows(packed.qweight_IpO, bits)
-    words_GOp = packed.qzeros_GOp.to(torch.int64) + (_ones(bits) if v1 else 0)
     groups_I = packed.g_idx_I.to(torch.int64)
-    zeros_IO = _unpack_rows(words_GOp.t(), bits).t()[groups_I]
+    zeros_IO = zero_points(packed, bits, v1)[groups_I]
     scales_IO = packed.scales_GO.to(torch.float32)[groups_I]
     return ((q_IO - zeros_IO).to(torch.float32) * scales_IO).t().contiguous()
+
+
+def zero_points(packed: PackedLinear, bits: int, v1: bool = True) -> torch.Tensor:
+    """The zero points (G, O), uint8, that the packed ones mean."""
+    import torch
+
+    words_GOp = packed.qzeros_GOp.to(torch.int64) + (_ones(bits) if v1 else 0)
+    return _unpack_rows(words_GOp.t(), bits).t().contiguous().to(torch.uint8)
 
 
 def expected_shapes(weight_shape: tuple[int, ...], bits: int, group_size: int) -> dict[str, tuple[int, ...]]:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -36,6 +37,7 @@ from train.methods import frozen
 from train.methods.frozen import FrozenModule
 from train.methods.policies.checkpointing import checkpoint_modules, checkpointing_off
 from train.methods.policies.scope import Scope, scopes
+from train.methods.quantized_base import GptqLinear
 
 ADAPTER = "default"  # peft's name of the adapter that is trained
 
@@ -222,6 +224,7 @@ def _put_lora(model: Any, found: Mapping[Module, Scope], policies: Mapping[Modul
     config = lora_config(found, policies)
     if config is None:
         return
+    config._register_custom_module({GptqLinear: GPTQLoraLinear})  # peft's LoRA over a frozen linear of any kind
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # peft makes them in the base's dtype, where small steps would be rounded away

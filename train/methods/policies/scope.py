@@ -31,9 +31,9 @@ class Scope:
 def scopes(model: Any, architecture: Architecture, policies: Mapping[Module, ResolvedPolicy]) -> dict[Module, Scope]:
     """Each module's scope, before any adapter is put in.
 
-    Blocks of the tower that the model never reads (those behind `vision_feature_layer`) get no gradient, so they are
-    neither trained nor counted by `last_blocks`. Raises TrainingError (no such module), SettingsError (`last_blocks`,
-    `targets` that the module does not have).
+    What the model never reads (the tower's blocks behind `vision_feature_layer`, a norm after them) gets no gradient,
+    so it is neither trained nor counted by `last_blocks`. Raises TrainingError (no such module), SettingsError
+    (`last_blocks`, `targets` that the module does not have).
     """
     sizes = {name: _size(parameter) for name, parameter in model.named_parameters()}
     sizes |= {f"{path}.weight": module.in_features * module.out_features for path, module in _packed(model)}
@@ -86,7 +86,7 @@ def _within(
     if module == "vision_tower" and read is not None and blocks:
         depth = min(depth, read if read >= 0 else depth + 1 + read)
     if policy.last_blocks is None:
-        return lambda name: (architecture.block_of(name) or 0) < max(depth, 1)
+        return lambda name: architecture.is_read(name) and (architecture.block_of(name) or 0) < max(depth, 1)
     if policy.last_blocks > depth:
         raise SettingsError(
             f"modules.{module}.last_blocks={policy.last_blocks}: the {module} has {depth} blocks that are read",
