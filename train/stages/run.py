@@ -75,6 +75,8 @@ def train_supervised(run: StageRun, listener: Listener) -> Json:
     if watch.stopped is not None:
         raise watch.stopped
     _save(run, applied, trainer, data)
+    if not trainer.args.should_log:
+        return {}  # only the first process hears of steps
     told = report(run.stage, log.steps, applied, time.monotonic() - started)
     return told | {"data": data_report(data), "task": task.report()}
 
