@@ -14,24 +14,29 @@ from noria.settings import Settings, load_settings
 from serve.logs import configure_logs
 
 
-def parse(argv: list[str]) -> tuple[Settings, str | None]:
-    """Settings with the flags on top, and the model's name. Raises SettingsError."""
+def parse(argv: list[str]) -> tuple[Settings, str | None, bool]:
+    """Settings with the flags on top, the model's name, and whether to serve aside. Raises SettingsError."""
     parser = argparse.ArgumentParser(prog="python -m serve", description="Noria's server: vLLM, capture, hot swap.")
     parser.add_argument("--host", help="address to bind to")
     parser.add_argument("--http-port", type=int, help="HTTP port, 0 for a free one")
     parser.add_argument("--grpc-port", type=int, help="gRPC port, 0 for a free one")
     parser.add_argument("--model", help="version (v3) or base model to make live; default: what is live")
+    parser.add_argument(
+        "--aside",
+        action="store_true",
+        help="answer beside the home's server: nothing is made live, swapped, captured or registered; HTTP only",
+    )
     given = vars(parser.parse_args(argv))
-    model = given.pop("model")
+    model, aside = given.pop("model"), given.pop("aside")
     server = {name: value for name, value in given.items() if value is not None}
-    return load_settings(server=server or None), model
+    return load_settings(server=server or None), model, aside
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the server; the exit code is 0 after SIGTERM."""
     configure_logs()
     try:
-        settings, model = parse(sys.argv[1:] if argv is None else argv)
+        settings, model, aside = parse(sys.argv[1:] if argv is None else argv)
         settings.home.mkdir(parents=True, exist_ok=True)
         from serve.engine import environment
 
@@ -40,9 +45,10 @@ def main(argv: list[str] | None = None) -> int:
             environment.start_fork_server()
         import uvloop
 
+        from serve.aside import run_aside
         from serve.process import run
 
-        return int(uvloop.run(run(settings, model)))
+        return int(uvloop.run(run_aside(settings, model) if aside else run(settings, model)))
     except NoriaError as error:
         print(f"noria: {error.message}", file=sys.stderr)
         return wire_of(error).exit_code

@@ -36,7 +36,10 @@ class Doors:
     """HTTP and gRPC, started together and closed together."""
 
     def __init__(self, app: Any, state: Any, sock: socket.socket, grpc_server: Any, shutdown_s: float) -> None:
-        """`app` is the wrapped application; `state` vLLM's, which its exception handler reads the server from."""
+        """`app` is the wrapped application; `state` vLLM's, which its exception handler reads the server from.
+
+        Without a `grpc_server` there is HTTP alone.
+        """
         import uvicorn
         from vllm.entrypoints.launchers.launcher import NoSignalServer
 
@@ -49,7 +52,8 @@ class Doors:
 
     async def open(self) -> None:
         """Returns when both answer."""
-        await self._grpc.start()
+        if self._grpc is not None:
+            await self._grpc.start()
         self._serving = asyncio.create_task(self._http.serve(sockets=[self._sock]))
         while not self._http.started and not self._serving.done():  # noqa: ASYNC110  uvicorn's flag
             await asyncio.sleep(0.01)
@@ -59,10 +63,11 @@ class Doors:
     async def close(self) -> None:
         """Takes no new connection, lets running requests end within `shutdown_s`, then cancels them."""
         self._http.should_exit = True
-        grpc_stop = asyncio.ensure_future(self._grpc.stop(self._shutdown_s))
+        grpc_stop = None if self._grpc is None else asyncio.ensure_future(self._grpc.stop(self._shutdown_s))
         if self._serving is not None:
             await self._serving
-        await grpc_stop
+        if grpc_stop is not None:
+            await grpc_stop
         self._sock.close()
 
     def force(self) -> None:

@@ -26,10 +26,26 @@ def choose_version(registry: Registry, model: str | None = None) -> ServingVersi
             param="model",
             code="no_model",
         )
-    manifest = registry.verify(wanted)
+    checked = _checked(registry, wanted)
     if wanted != live:
         registry.promote(wanted)
-    return ServingVersion(wanted, fingerprint(manifest), registry.path(wanted) / "serving")
+    return checked
+
+
+def version_aside(registry: Registry, version: str | None = None) -> ServingVersion:
+    """The named version, a rejected one too, or the live one; what is live stays as it is.
+
+    Reads every byte of the version. Raises NotFound, IntegrityError for a folder that is not as published.
+    """
+    wanted = version or registry.live()
+    if wanted is None:
+        raise NotFound("nothing is live in this home: name a version with --model", param="model", code="no_model")
+    return _checked(registry, wanted)
+
+
+def _checked(registry: Registry, version: str) -> ServingVersion:
+    manifest = registry.verify(version)
+    return ServingVersion(version, fingerprint(manifest), registry.path(version) / "serving")
 
 
 def _named(registry: Registry, model: str) -> str:

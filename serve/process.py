@@ -59,29 +59,29 @@ async def run(settings: Settings, model: str | None = None) -> int:
         gate = VersionGate(await asyncio.to_thread(choose_version, registry, model))
         capture = await stack.enter_async_context(_capture(store, blobs, settings))
         args = parse_flags(engine_flags(settings, gate.current.path, gate.current.id))
-        engine = await stack.enter_async_context(_engine(args, settings))
+        engine = await stack.enter_async_context(running_engine(args, settings))
         app = await build_application(engine, args, gate, capture, settings)
         handlers = Handlers(store=store, registry=registry, blobs=blobs, gate=gate, capture=capture, settings=settings)
-        app.add_exception_handler(NoriaError, _answer_error)
+        app.add_exception_handler(NoriaError, answer_error)
         app.include_router(build_stored_router(store, blobs, capture))
         app.include_router(build_router(handlers))
         server = settings.server
         chat = VllmChatBackend(app.state, gate)
         grpc_server, grpc_port = await build_server(handlers, chat, host=server.host, port=server.grpc_port)
-        doors = Doors(_wrapped(app, gate, settings), app.state, sock, grpc_server, server.shutdown_s)
+        doors = Doors(wrapped(app, gate, settings), app.state, sock, grpc_server, server.shutdown_s)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         releaser = Releaser(engine, gate, store, registry, settings)
-        await stack.enter_async_context(_background(releaser.run(), "release", before_end=_opened(gate, settings)))
+        await stack.enter_async_context(background(releaser.run(), "release", before_end=_opened(gate, settings)))
         await doors.open()
         info = {
-            "url": f"http://{_host(server.host)}:{sock.getsockname()[1]}",
-            "grpc": f"{_host(server.host)}:{grpc_port}",
+            "url": f"http://{reachable(server.host)}:{sock.getsockname()[1]}",
+            "grpc": f"{reachable(server.host)}:{grpc_port}",
         }
         announcement = Announcement(settings.home, store, gate, capture, info)
         stack.callback(announcement.withdraw)
-        await stack.enter_async_context(_background(announcement.keep(), "heartbeat"))
-        await stack.enter_async_context(_background(_watch(engine, gate, stop), "watch"))
+        await stack.enter_async_context(background(announcement.keep(), "heartbeat"))
+        await stack.enter_async_context(background(watch(engine, gate, stop), "watch"))
         print(f"noria: serving {gate.current.id} on {info['url']} and grpc {info['grpc']}", flush=True)
         await stop.asked.wait()
     return stop.code
@@ -170,7 +170,8 @@ async def _capture(store: Store, blobs: Blobs, settings: Settings) -> AsyncItera
 
 
 @asynccontextmanager
-async def _engine(args: Namespace, settings: Settings) -> AsyncIterator[Any]:
+async def running_engine(args: Namespace, settings: Settings) -> AsyncIterator[Any]:
+    """vLLM's engine for as long as the block runs. Raises NoriaError when it does not start."""
     engine = start_engine(args, fast=settings.engine.fast_start)
     try:
         yield engine
@@ -179,7 +180,7 @@ async def _engine(args: Namespace, settings: Settings) -> AsyncIterator[Any]:
 
 
 @asynccontextmanager
-async def _background(work: Any, name: str, before_end: Any = None) -> AsyncIterator[None]:
+async def background(work: Any, name: str, before_end: Any = None) -> AsyncIterator[None]:
     """Runs `work` beside the rest; at the end waits for `before_end`, then cancels it."""
     task = asyncio.create_task(work, name=name)
     task.add_done_callback(_report)
@@ -203,7 +204,7 @@ async def _opened(gate: VersionGate, settings: Settings) -> None:
         await asyncio.wait_for(gate.opened(), settings.server.shutdown_s)
 
 
-async def _watch(engine: Any, gate: VersionGate, stop: Stop) -> None:
+async def watch(engine: Any, gate: VersionGate, stop: Stop) -> None:
     """Ends the server when its engine is dead or holds no whole version: its supervisor starts it again."""
     while not (engine.errored or gate.failed):  # noqa: ASYNC110  vLLM has no event for it
         await asyncio.sleep(0.5)
@@ -211,18 +212,19 @@ async def _watch(engine: Any, gate: VersionGate, stop: Stop) -> None:
     stop.fail()
 
 
-def _answer_error(_request: Any, error: NoriaError) -> Any:
+def answer_error(_request: Any, error: NoriaError) -> Any:
     """What the gate refuses inside vLLM's own routes, in OpenAI's shape."""
     return error_response(error)
 
 
-def _wrapped(app: Any, gate: VersionGate, settings: Settings) -> Any:
-    wrapped: Any = TraceMiddleware(app, gate)
+def wrapped(app: Any, gate: VersionGate, settings: Settings) -> Any:
+    """The application behind its traces, and behind the bearer key where the settings have one."""
+    traced: Any = TraceMiddleware(app, gate)
     key = settings.server.api_key
-    return KeyMiddleware(wrapped, key.get_secret_value()) if key else wrapped
+    return KeyMiddleware(traced, key.get_secret_value()) if key else traced
 
 
-def _host(host: str) -> str:
+def reachable(host: str) -> str:
     """The address as a client on this machine writes it."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  compared, not bound
     return f"[{host}]" if ":" in host else host

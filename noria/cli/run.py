@@ -18,6 +18,7 @@ app = typer.Typer()
 
 Host = Annotated[str | None, typer.Option(help="Address both wires bind to. Default: server.host.")]
 HttpPort = Annotated[int | None, typer.Option(min=0, max=65535, help="0 takes a free one. Default: server.http_port.")]
+ASIDE = "Answer beside the home's server, over HTTP: nothing is made live, swapped, captured or registered."
 GrpcPort = Annotated[int | None, typer.Option(min=0, max=65535, help="0 takes a free one. Default: server.grpc_port.")]
 
 
@@ -28,9 +29,11 @@ def serve(
     http_port: HttpPort = None,
     grpc_port: GrpcPort = None,
     model: Annotated[str | None, typer.Option(help="A version, or a model's name. Default: the live one.")] = None,
+    aside: Annotated[bool, typer.Option("--aside", help=ASIDE)] = False,
 ) -> None:
     """Runs the server alone, in this process."""
-    become(place(ctx), "serve", flags_of(host=host, http_port=http_port, grpc_port=grpc_port, model=model))
+    flags = flags_of(host=host, http_port=http_port, grpc_port=grpc_port, model=model)
+    become(place(ctx), "serve", [*flags, "--aside"] if aside else flags)
 
 
 @app.command(epilog="Example: noria train")

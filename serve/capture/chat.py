@@ -24,7 +24,7 @@ MOST_PAIRS, LONGEST_KEY, LONGEST_VALUE = 16, 64, 512  # OpenAI's limits on metad
 class CapturingChat(Signed):
     """Mixed in before vLLM's `OpenAIServingChat` (0.31) and what derives from it; see `serve.engine.signed.adopt`."""
 
-    noria_capture: CaptureQueue
+    noria_capture: CaptureQueue | None  # None keeps nothing, whatever a request says
     noria_settings: CaptureSettings
 
     async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
@@ -77,7 +77,7 @@ class CapturingChat(Signed):
     def _tape(self, request: Any, request_id: str, model_name: str) -> Tape | None:
         """A tape where the answer is to be kept: the request's word, else the operator's."""
         stored = (request.model_extra or {}).get("store")
-        if not (self.noria_settings.default if stored is None else stored):
+        if self.noria_capture is None or not (self.noria_settings.default if stored is None else stored):
             return None
         trace = current_trace.get()
         if trace is None:
@@ -88,7 +88,7 @@ class CapturingChat(Signed):
 
     def _keep(self, tape: Tape, answer: Any = None) -> None:
         captured = tape.end(answer)
-        if captured is not None:
+        if captured is not None and self.noria_capture is not None:
             self.noria_capture.offer(captured)
 
 

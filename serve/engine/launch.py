@@ -109,9 +109,12 @@ def start_engine(args: Namespace, *, fast: bool) -> Any:
 
 
 async def build_application(
-    engine: Any, args: Namespace, gate: VersionGate, capture: CaptureQueue, settings: Settings
+    engine: Any, args: Namespace, gate: VersionGate, capture: CaptureQueue | None, settings: Settings
 ) -> Any:
-    """vLLM's FastAPI application over the engine, all its routes kept, every generation behind the gate."""
+    """vLLM's FastAPI application over the engine, all its routes kept, every generation behind the gate.
+
+    Without `capture` nothing of the traffic is kept.
+    """
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
 

@@ -27,7 +27,7 @@ HOPELESS = frozenset(wire.exit_code for wire in WIRE.values()) - {1, 7}  # wrong
 
 @dataclass
 class Child:
-    """One command, its process, and how often it has failed in a row."""
+    """One command, its process, and how often it has failed in a row. `output` is a file for what it prints."""
 
     name: str
     command: list[str]
@@ -36,15 +36,17 @@ class Child:
     failures: int = 0
     began: float = 0.0
     due: float = 0.0
+    output: int | None = None
 
     def start(self) -> None:
-        """Starts the command in its own session; its output goes to our standard error."""
+        """Starts the command in its own session; what it prints goes to `output`, else to our standard error."""
         self.began = time.monotonic()
         self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and our own modules
             self.command,
             env=dict(self.environment),
             stdin=subprocess.DEVNULL,
-            stdout=sys.stderr.fileno(),
+            stdout=sys.stderr.fileno() if self.output is None else self.output,
+            stderr=self.output,
             start_new_session=True,
             preexec_fn=_die_with_parent(),
         )
