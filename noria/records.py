@@ -253,6 +253,51 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What one version scored on one set of questions. Two compare when `set_hash` and `sampling` are the same.
+
+    `scores` is `{"score", "low", "high", "n", "categories": {..}}` with 95 % Wilson intervals; `counts` are questions,
+    failed (the server refused them; they count as wrong), cut (by the limit of tokens), bad_rows (left out); `run` says
+    through which server (`live` or `aside`), in how many seconds.
+    """
+
+    id: str
+    version: str
+    set_name: str
+    set_hash: str
+    created_at: float
+    sampling: Json
+    scores: Json
+    counts: dict[str, int] = field(default_factory=dict)
+    run: Json = field(default_factory=dict)
+
+    def to_wire(self) -> Json:
+        """The shape of an evaluation in JSON."""
+        return {"object": "evaluation", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class EvaluationAnswer:
+    """One question of an evaluation, as it was asked, answered and judged. `pictures` are sha256 of their files."""
+
+    position: int
+    question_id: str
+    category: str
+    question: str
+    pictures: tuple[str, ...]
+    expected: tuple[str, ...]
+    metric: str
+    answer: str
+    score: float
+    finish_reason: str | None = None
+    error: str | None = None
+
+    def to_wire(self) -> Json:
+        """The shape of an answer in JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class ProcessInfo:
     """A live server or trainer, as its last heartbeat told: `kind` is server or trainer; `info` is small JSON."""
 

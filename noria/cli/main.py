@@ -18,6 +18,7 @@ from noria import __version__
 from noria.cli import config, jobs, models, operate, run, versions
 from noria.cli.context import Place, say
 from noria.cli.doctor import command as doctor
+from noria.cli.eval import command as eval_
 from noria.cli.prefs import command as prefs
 from noria.cli.up import command as up
 from noria.errors import NoriaError, wire_of
@@ -39,6 +40,7 @@ app.add_typer(versions.group, name="versions")
 app.add_typer(jobs.app)
 app.add_typer(jobs.group, name="jobs")
 app.add_typer(prefs.group, name="prefs")
+app.add_typer(eval_.app)
 app.add_typer(models.group, name="model")
 app.add_typer(config.group, name="config")
 app.add_typer(doctor.app)

@@ -14,6 +14,7 @@ from typing import Self
 
 from noria.store.completions import CompletionStore
 from noria.store.connection import Database
+from noria.store.evaluations import EvaluationStore
 from noria.store.feedback import FeedbackStore
 from noria.store.jobs import JobStore
 from noria.store.pairs import PairStore
@@ -32,6 +33,7 @@ class Store(
     VersionStore,
     RolloutStore,
     ProcessStore,
+    EvaluationStore,
 ):
     """One open store. Each method is one transaction, durable when it returns.
 

@@ -309,6 +309,38 @@ rollouts = Table(
     Column("owner", Words),
 )
 
+evaluations = Table(
+    "evaluations",
+    metadata,
+    _seq(),
+    Column("id", Words, nullable=False, unique=True),
+    Column("version", Words, ForeignKey("versions.id"), nullable=False, index=True),
+    Column("set_name", Words, nullable=False, index=True),
+    Column("set_hash", Words, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("sampling", JsonText, nullable=False),
+    Column("scores", JsonText, nullable=False),
+    Column("counts", JsonText, nullable=False),
+    Column("run", JsonText, nullable=False),
+)
+
+evaluation_answers = Table(
+    "evaluation_answers",
+    metadata,
+    Column("evaluation_id", Words, ForeignKey("evaluations.id", ondelete="CASCADE"), primary_key=True),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("question_id", Words, nullable=False),
+    Column("category", Words, nullable=False),
+    Column("question", Words, nullable=False),
+    Column("pictures", JsonText, nullable=False),
+    Column("expected", JsonText, nullable=False),
+    Column("metric", Words, nullable=False),
+    Column("answer", Words, nullable=False),
+    Column("score", Double, nullable=False),
+    Column("finish_reason", Words),
+    Column("error", Words),
+)
+
 # `live` and `previous` name versions; `jobs` and `rollouts` are rows that writers lock first.
 markers = Table(
     "markers",

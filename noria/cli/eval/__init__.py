@@ -1,0 +1,1 @@
+"""`noria eval`: the command, the server that it asks, and how its results are shown."""

@@ -1,0 +1,1 @@
+"""Sets that come with Noria, asked for by name."""

@@ -1,0 +1,44 @@
+"""`embedded`: held-out drawn scenes and written digits, what the embedded model's eyes are judged by.
+
+Comes in: nothing. Goes out: the held-out questions of `noria.scenes`, on seeds, combinations of colour and shape, and
+handwriting that training never sees. Where the answer is one word of a small vocabulary, the model must say that word
+and no other of them; a count or a digit is right as a numeral or as a word.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from noria.evals.questions import LETTERS, Question
+from noria.evals.readers.pictures import picture_at
+from noria.scenes import HeldOut, held_out_questions
+from noria.scenes.drawn.words import COLOURS, SHAPES
+
+EACH = 200  # questions of a kind: at 90 % right the interval reaches 4 points to either side
+WORDS: dict[str, tuple[str, ...]] = {"colour": tuple(COLOURS), "shape": SHAPES, "left/right": ("left", "right")}
+
+
+def embedded_questions() -> list[Question]:
+    """`EACH` questions of every kind, in a fixed order: the same pictures and words on every machine."""
+    seen: Counter[str] = Counter()
+    questions = []
+    for one in held_out_questions(EACH):
+        seen[one.kind] += 1
+        questions.append(_question(one, seen[one.kind]))
+    return questions
+
+
+def _question(one: HeldOut, number: int) -> Question:
+    words = WORDS.get(one.kind, ())
+    return Question(
+        id=f"{one.kind}-{number}",
+        prompt=one.question,
+        answers=(LETTERS[words.index(one.answer)] if words else one.answer,),
+        metric="choice" if words else "number",
+        pictures=(picture_at(one.image, Path()),),
+        options=words,
+        category=one.kind,
+        file="embedded",
+        line=number,
+    )

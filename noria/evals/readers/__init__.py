@@ -1,0 +1,1 @@
+"""Readers of question files, each of one published format: a path in, questions and bad rows out."""

@@ -1,0 +1,1 @@
+"""Evaluation: metrics, scores, readers of published formats, the command."""
