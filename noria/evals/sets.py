@@ -34,18 +34,25 @@ def load_set(named: str, *, metric: Metric = "exact", limit: int | None = None) 
     if named in NAMED:
         questions: list[Question] = list(NAMED[named]())
         bad: list[BadRow] = []
-        name = named
     else:
         path, format_ = _place(named)
         questions, bad = _read(path, format_, metric)
-        name = path.resolve().name
-    return make_set(name, questions[:limit], bad)
+    return make_set(name_of(named), questions[:limit], bad)
+
+
+def name_of(named: str) -> str:
+    """The name under which results of a set are kept: its own, or that of its file or folder."""
+    return named if named in NAMED else _split(named)[0].resolve().name
+
+
+def _split(named: str) -> tuple[Path, str | None]:
+    head, colon, rest = named.partition(":")
+    said = head if colon and head in FORMATS else None
+    return Path(rest if said else named).expanduser(), said
 
 
 def _place(named: str) -> tuple[Path, str]:
-    head, colon, rest = named.partition(":")
-    said = head if colon and head in FORMATS else None
-    path = Path(rest if said else named).expanduser()
+    path, said = _split(named)
     if not path.exists():
         raise NotFound(
             f"no set and no file is called {named!r}; the sets are {', '.join(NAMED)}, a file may be named with its "

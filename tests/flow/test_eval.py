@@ -13,10 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
+from noria.cli.context import Place
+from noria.cli.eval.servers import aside
 from noria.client import NoriaClient
+from noria.settings import load_settings
 from noria.store import Store
 from tests.servers import Server, publish_tiny, start_server
 
@@ -108,6 +112,28 @@ def test_another_version_is_asked_aside_and_nothing_in_the_home_changes(server: 
         assert [len(found) for found in newest.values()] == [1, 1]  # v1's kept result was taken, not asked again
         answers = [[one.answer for one in store.evaluation_answers(found[0].id)] for found in newest.values()]
     assert answers[0][:4] != answers[1][:4]  # other weights answered
+
+
+def test_a_server_aside_has_no_way_to_change_the_home(server: Server) -> None:
+    before = traces(server.home)
+    settings = load_settings(home=server.home, engine={"max_model_len": 256, "kv_cache_gib": 0.25})
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setenv(name, value)
+        with aside(Place(server.home), settings, "v2") as told, httpx.Client(base_url=told["url"]) as client:
+            asked = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "store": True}
+            answer = client.post("/v1/chat/completions", json=asked, timeout=60).json()
+            assert answer["system_fingerprint"].startswith("v2-")
+            with client.stream("POST", "/v1/chat/completions", json={**asked, "stream": True}, timeout=60) as stream:
+                chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+            assert {chunk["system_fingerprint"] for chunk in chunks} == {answer["system_fingerprint"]}
+            assert [client.get(path).status_code for path in ("/noria/v1/status", "/v1/chat/completions")] == [404, 405]
+            assert client.post("/noria/v1/rollouts", json={"version": "v2"}).status_code == 404
+            assert {one["id"] for one in client.get("/v1/models").json()["data"]} == {"noria", "v2"}
+            pid = told["pid"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert traces(server.home) == before
 
 
 def test_an_evaluation_aside_agrees_with_one_through_the_live_server(server: Server, questions: Path) -> None:

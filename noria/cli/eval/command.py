@@ -52,7 +52,7 @@ def evaluate(
         elif listed:
             _list(store, version, sets, as_json)
         else:
-            versions = [_known(store, place(ctx), one) for one in (version, compare) if one is not None]
+            versions = [_known(store, one) for one in (version, compare) if one is not None]
             if version is None:
                 raise InvalidRequest("which version? `noria eval v2`, or `noria eval --list`", param="version")
             if kept:
@@ -116,7 +116,7 @@ def _progress() -> Any:
     return progress.Progress(*columns, *times, console=Console(stderr=True))
 
 
-def _known(store: Store, here: Place, version: str) -> str:
+def _known(store: Store, version: str) -> str:
     """The version's id; `live` is the one that is. Raises NotFound."""
     if version == "live":
         live = store.live()
@@ -145,9 +145,9 @@ def _sets(named: list[str], metric: str, limit: int | None) -> list[QuestionSet]
 
 def _newest(store: Store, version: str, sets: list[str] | None) -> list[Result]:
     """The newest result of each named set, or of every set that the version was asked. Raises NotFound."""
-    from pathlib import Path
+    from noria.evals.sets import name_of
 
-    names = {Path(one).name for one in sets} if sets else None
+    names = {name_of(one) for one in sets} if sets else None
     newest: dict[str, Evaluation] = {}
     for one in store.list_evaluations(version=version):
         if names is None or one.set_name in names:
@@ -183,8 +183,11 @@ def _wire(evaluation: Evaluation, sets: dict[str, QuestionSet]) -> Json:
 
 def _list(store: Store, version: str | None, sets: list[str] | None, as_json: bool) -> None:
     from noria.cli.eval.report import show_list
+    from noria.evals.sets import name_of
 
-    found = [one for one in store.list_evaluations(version=version) if not sets or one.set_name in sets]
+    names = {name_of(one) for one in sets or []}
+    of = None if version is None else _known(store, version)
+    found = [one for one in store.list_evaluations(version=of) if not names or one.set_name in names]
     if as_json:
         print_json([one.to_wire() for one in found])
     elif found:

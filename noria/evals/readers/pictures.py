@@ -54,6 +54,9 @@ def _drawn(ref: str) -> bytes:
 def _fetched(url: str) -> bytes:
     import fsspec
 
-    with fsspec.open(url, "rb") as file:
-        data: bytes = file.read()
+    try:
+        with fsspec.open(url, "rb") as file:
+            data: bytes = file.read()
+    except Exception as error:  # each file system of fsspec has errors of its own
+        raise ValueError(f"picture {url} cannot be fetched: {type(error).__name__}: {error}") from error
     return data

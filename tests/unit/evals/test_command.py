@@ -190,6 +190,10 @@ def test_two_versions_side_by_side(run: Run, home: Path, questions: Path) -> Non
     (compared,) = json.loads(out)["compared"]
     assert compared["by_question"] == {"better": 2, "worse": 0, "same": 1, "p": 0.5}
     assert [row["part"] for row in compared["rates"]] == ["all", "colour", "count"]
+    assert run(home, "v2", "--kept", "--set", f"jsonl:{questions}")[1].startswith("v2 on questions.jsonl: 3 questions")
+    _, out, _ = run(home, "--list", "--set", f"jsonl:{questions}")
+    assert [line.split()[1] for line in out.splitlines()[1:]] == ["v2", "v1"]
+    assert run(home, "--list", "--set", "embedded")[1] == ""
 
 
 def test_other_questions_under_the_same_name_are_warned_of(run: Run, home: Path, questions: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +115,47 @@ def test_pictures_come_first_or_where_the_text_shows_them(tmp_path: Path) -> Non
     kinds = [part["text"] if part["type"] == "text" else part["type"] for part in parts_of(inside)]
     assert kinds == ["Is", "image_url", "like", "image_url", ", or not <image 2>?"]
     assert [part["type"] for part in parts_of(mixed)] == ["image_url", "text", "image_url", "text"]
+
+
+def test_pictures_come_from_urls_and_are_made_by_their_reference(tmp_path: Path, web: str) -> None:
+    write(tmp_path / "far.png", png("green"))
+    rows = [
+        {"question": "Far?", "image": f"{web}/far.png", "answer": "x"},
+        {"question": "Gone?", "image": f"{web}/gone.png", "answer": "x"},
+        {"question": "Nowhere?", "image": "nosuch://bucket/a.png", "answer": "x"},
+        {"question": "Drawn?", "image": "scene:held_out/one/1/2", "answer": "x"},
+        {"question": "Drawn?", "image": "scene:nothing", "answer": "x"},
+        {"question": "Broken?", "image": "data:image/png;base64,@@@@", "answer": "x"},
+    ]
+    found = load_set(str(write_lines(tmp_path / "q.jsonl", rows)))
+    far, drawn = found.questions
+    assert far.pictures[0].read() == png("green")
+    (tmp_path / "far.png").unlink()
+    assert far.pictures[0].read() == png("green")  # fetched once
+    assert drawn.pictures[0].read()[:2] == b"BM"
+    assert [row.line for row in found.bad] == [2, 3, 5, 6]
+    reasons = [row.reason for row in found.bad]
+    for part, reason in zip(
+        ("cannot be fetched", "cannot be fetched", "scene:nothing", "base64"), reasons, strict=True
+    ):
+        assert part in reason
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """The URL of a web server over the test's folder."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Says nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 def test_textvqa_as_published(tmp_path: Path) -> None:
