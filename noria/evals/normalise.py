@@ -78,20 +78,23 @@ def yes_or_no(text: str) -> str | None:
     return "yes" if "yes" in head else "no" if "no" in head else None
 
 
-_VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`?!'
+_VQA_MARKS = ';/[]"{}()=+\\_-><@`!'
 _VQA_NUMBERS = {word: str(value) for word, value in NUMBER_WORDS.items() if value <= 10} | {"none": "0"}
 
 
 def vqa_words(text: str) -> str:
     """An answer as VQA's accuracy compares it: no case, no punctuation, no articles, zero to ten in digits.
 
-    A mark between two words is dropped with nothing in its place where it touches a space, else it parts them; commas
-    and apostrophes are dropped. Goyal et al. 2017, https://arxiv.org/abs/1612.00837.
+    Commas and question marks are dropped and a final 's stands apart; any other mark is dropped where it touches a
+    space anywhere in the text, else it parts its words; a full stop stays before a digit only. The published rule
+    spells contractions out of a list (dont is don't); here apostrophes are dropped on both sides, which makes the same
+    pairs equal. Antol et al. 2015, https://arxiv.org/abs/1505.00468, section 3, and its evaluation code.
     """
-    text = text.lower().replace("\n", " ").replace("\t", " ").strip()
-    comma = re.search(r"\d,\d", text) is not None
-    for mark in _VQA_PUNCTUATION:
-        touches = f"{mark} " in text or f" {mark}" in text or comma
-        text = text.replace(mark, "" if touches else " ")
-    text = re.sub(r"\.(?!\d)", "", text.replace(",", "").replace("'", "").replace("\u2019", ""))
-    return " ".join(_VQA_NUMBERS.get(word, word) for word in text.split() if word not in ARTICLES)
+    said = re.sub(r"[\n\t]", " ", text.lower().replace("\u2019", "'")).strip()
+    said = said.replace(",", "").replace("?", "").replace("'s", " 's")
+    left = said
+    for mark in _VQA_MARKS:
+        touches = f"{mark} " in said or f" {mark}" in said
+        left = left.replace(mark, "" if touches else " ")
+    words = re.sub(r"\.(?!\d)", "", left).replace("'", "").split()
+    return " ".join(_VQA_NUMBERS.get(word, word) for word in words if word not in ARTICLES)
