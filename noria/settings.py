@@ -189,6 +189,10 @@ class TrainSettings(Section):
     """Scheduling priority given away to the server on the same machine."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of the trainer; none takes every core."""
+    processes: int = Field(1, ge=1)
+    """Processes that train one stage of a recipe together; they share out a step's micro-batches."""
+    accelerate_config: Path | None = None
+    """A file for `accelerate launch` that starts them, for FSDP or DeepSpeed (deploy/settings/accelerate/)."""
     keep_merged: bool = False
     """Keep the merged full-precision model of each job."""
 

@@ -1,4 +1,4 @@
-"""`python -m train`: the trainer daemon; `python -m train model ...`: models are added.
+"""`python -m train`: the trainer daemon; `... run RECIPE`: one recipe, here and now; `... model ...`: models are added.
 
 Comes in: the settings tree and arguments. Goes out: an exit code. Niceness and thread counts are set here, before
 anything imports torch, because OpenMP reads them once. Must not import torch, nor anything that does, at the top.
@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from noria.errors import NoriaError, wire_of
 from noria.settings import Settings, load_settings
 
-USAGE = "usage: python -m train            run the trainer daemon\n       python -m train model ... add a model\n"
+USAGE = """usage: python -m train             run the trainer daemon
+       python -m train run ...     train by a recipe
+       python -m train model ...   add a model
+"""
 
 
 def prepare_process(settings: Settings) -> None:
@@ -39,12 +42,17 @@ def prepare_process(settings: Settings) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; errors made on purpose end in one line and their exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] not in ("model",):
+    if arguments and arguments[0] not in ("model", "run"):
         sys.stderr.write(USAGE)
         return 0 if arguments[0] in ("-h", "--help") else 2
     try:
         settings = load_settings()
         prepare_process(settings)
+        if arguments[:1] == ["run"]:
+            from train.run import main as run_main
+
+            os.nice(settings.train.nice)
+            return run_main(settings, arguments[1:])
         if arguments:
             from train.models.cli import main as model_main
 

@@ -18,9 +18,10 @@ from types import FrameType
 
 from noria.blobs import Blobs
 from noria.errors import NoriaError, SettingsError
-from noria.records import Job
+from noria.recipes import Recipe, parse_recipe
+from noria.records import Job, Json
 from noria.registry import Registry
-from noria.settings import Settings, override_train
+from noria.settings import Settings, TrainSettings, override_train
 from noria.store import Store
 from train.data.snapshot import select
 from train.heartbeat import Heartbeat
@@ -75,7 +76,7 @@ class Trainer:
         """Runs the next job to its end, or asks the policy. True when there may be more to do at once."""
         job = self.store.claim_job(self.owner, self.settings.train.lease_s)
         if job is not None:
-            self._work(job)
+            self.work(job)
             return True
         decision = self.consider()
         self.heartbeat.idle(decision.idle_reason)
@@ -113,7 +114,8 @@ class Trainer:
             self._pairs_of = (unused, len(select(rows, held_out=self.settings.train.held_out).train))
         return self._pairs_of[1]
 
-    def _work(self, job: Job) -> None:
+    def work(self, job: Job) -> str:
+        """Runs a job that this trainer owns to its end, and returns how it went."""
         self.heartbeat.work(job.id)
         self.log.event("job_claimed", job_id=job.id, attempt=job.attempt, reason=job.reason, done=list(job.done))
         started = time.monotonic()
@@ -124,6 +126,7 @@ class Trainer:
             self.log.end_progress()
             self.heartbeat.idle(f"idle: job {job.id} {outcome}")
             self.log.event("job_ended", job_id=job.id, outcome=outcome, seconds=round(time.monotonic() - started, 1))
+        return outcome
 
 
 def run_claimed(trainer: Trainer, job: Job) -> str:
@@ -132,7 +135,7 @@ def run_claimed(trainer: Trainer, job: Job) -> str:
     from train.pipeline.runner import run_job
 
     try:
-        train = override_train(trainer.settings.train, job.settings)
+        recipe, train = job_settings(trainer.settings.train, job.settings)
     except SettingsError as error:
         wrong = {"code": error.code, "message": error.message}
         trainer.store.finish_job(job.id, trainer.owner, "failed", error=wrong)
@@ -148,8 +151,22 @@ def run_claimed(trainer: Trainer, job: Job) -> str:
             owner=trainer.owner,
             check=trainer.heartbeat.check,
             log=trainer.log,
+            recipe=recipe,
         )
     )
+
+
+def job_settings(train: TrainSettings, settings: Json) -> tuple[Recipe | None, TrainSettings]:
+    """A job's recipe, if it has one, and its training settings: ours, then the recipe's, then the job's own.
+
+    Raises SettingsError naming the key.
+    """
+    own = {key: value for key, value in settings.items() if key != "recipe"}
+    if "recipe" not in settings:
+        return None, override_train(train, own)
+    recipe = parse_recipe(settings["recipe"], where="settings.recipe")
+    wanted = override_train(train, {"quantize": recipe.quantize, "verify": recipe.verify})
+    return recipe, override_train(wanted, own)
 
 
 def run_daemon(settings: Settings) -> int:

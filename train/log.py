@@ -25,6 +25,11 @@ class EventLog:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
+    @property
+    def terminal(self) -> bool:
+        """Whether a person watches: then there is a progress bar."""
+        return self._terminal
+
     def event(self, event: str, **keys: Any) -> None:
         """One line, for example `event("stage", job_id=.., stage="train")`."""
         with self._lock:

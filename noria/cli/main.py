@@ -20,6 +20,7 @@ from noria.cli.context import Place, say
 from noria.cli.doctor import command as doctor
 from noria.cli.eval import command as eval_
 from noria.cli.prefs import command as prefs
+from noria.cli.train import command as train
 from noria.cli.up import command as up
 from noria.errors import NoriaError, wire_of
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.add_typer(up.app)
 app.add_typer(run.app)
+app.add_typer(train.group, name="train")
 app.add_typer(operate.app)
 app.add_typer(versions.app)
 app.add_typer(versions.group, name="versions")

@@ -1,4 +1,4 @@
-"""`noria serve`, `train`, `demo`: what replaces this process or fills it.
+"""`noria serve`, `demo`: what replaces this process or fills it.
 
 Comes in: flags. Goes out: `python -m serve` or `python -m train`, which are never imported here.
 """
@@ -34,12 +34,6 @@ def serve(
     """Runs the server alone, in this process."""
     flags = flags_of(host=host, http_port=http_port, grpc_port=grpc_port, model=model)
     become(place(ctx), "serve", [*flags, "--aside"] if aside else flags)
-
-
-@app.command(epilog="Example: noria train")
-def train(ctx: typer.Context) -> None:
-    """Runs the trainer alone, in this process; it works on the home's jobs until it is stopped."""
-    become(place(ctx), "train", [])
 
 
 @app.command(epilog="Example: noria demo --out demo-out")

@@ -30,21 +30,28 @@ class JobStore(Part):
         self, method: str, settings: Json | None = None, rollout: str = "none", reason: str = "operator"
     ) -> Job:
         """Queues a job."""
-        job = Job(
-            id="job_" + secrets.token_hex(12),
-            method=method,
-            state="queued",
-            stage="snapshot",
-            progress=0.0,
-            created_at=self._now(),
-            settings=dict(settings or {}),
-            rollout=rollout,
-            reason=reason,
-        )
+        job = self._made(method, settings, rollout, reason)
         with self._db.write() as conn:
-            conn.execute(insert(jobs), {**vars(job), "event_seq": 0})
-            _event(conn, job.id, job.created_at, "state", {"state": "queued", "reason": reason})
+            _insert(conn, job)
         return job
+
+    def start_job(
+        self, method: str, settings: Json, rollout: str, owner: str, lease_s: float, reason: str = "operator"
+    ) -> Job:
+        """Makes a job that is the caller's at once, with a lease. Raises Conflict when another is queued or running."""
+        job = self._made(method, settings, rollout, reason)
+        with self._db.write() as conn:
+            self._db.lock(conn, "jobs")
+            query = (
+                select(jobs).where(jobs.c.state.in_(("running", "queued"))).order_by(jobs.c.state.desc(), jobs.c.seq)
+            )
+            other = conn.execute(query).first()
+            if other is not None:
+                abandoned = other.state == "running" and (other.lease_until or 0.0) <= job.created_at
+                told = "was left by its trainer" if abandoned else f"is {other.state}"
+                raise Conflict(f"job {other.id} ({other.method}) {told}, and one job runs at a time", code="job_runs")
+            _insert(conn, job)
+            return _take(conn, job, owner, job.created_at, lease_s)
 
     def get_job(self, id_: str) -> Job:
         """One job. Raises NotFound."""
@@ -176,6 +183,19 @@ class JobStore(Part):
                 _get(conn, job_id)
             return found
 
+    def _made(self, method: str, settings: Json | None, rollout: str, reason: str) -> Job:
+        return Job(
+            id="job_" + secrets.token_hex(12),
+            method=method,
+            state="queued",
+            stage="snapshot",
+            progress=0.0,
+            created_at=self._now(),
+            settings=dict(settings or {}),
+            rollout=rollout,
+            reason=reason,
+        )
+
     def _owned(self, conn: Connection, job_id: str, owner: str) -> Job:
         job = _get(conn, job_id, locked=True)
         if job.state != "running":
@@ -183,6 +203,11 @@ class JobStore(Part):
         if job.owner != owner:
             raise LeaseLost(f"job {job_id} belongs to {job.owner or 'nobody'}, no longer to {owner}")
         return job
+
+
+def _insert(conn: Connection, job: Job) -> None:
+    conn.execute(insert(jobs), {**vars(job), "event_seq": 0})
+    _event(conn, job.id, job.created_at, "state", {"state": "queued", "reason": job.reason})
 
 
 def _get(conn: Connection, id_: str, locked: bool = False) -> Job:

@@ -40,8 +40,8 @@ def choose(
     half = wanted if not recent else max(1, (wanted + 1) // 2)
     calibration = [_of_pair(pair) for pair in _spread(train, half)]
     answered = [one for one in recent if one.finished and one.choices and one.choices[0].text.strip()]
-    others = [_of_completion(one) for one in answered]
-    calibration += [_of_completion(one) for one in answered if not aside(one.prompt_hash)][: wanted - len(calibration)]
+    others = [of_completion(one) for one in answered]
+    calibration += [of_completion(one) for one in answered if not aside(one.prompt_hash)][: wanted - len(calibration)]
     calibration += [_of_pair(pair) for pair in train if _of_pair(pair) not in calibration][: wanted - len(calibration)]
     fresh = [reference for reference in others if reference not in calibration]
     verification = [_of_pair(pair) for pair in _spread(held_out, checked)]
@@ -63,6 +63,11 @@ def samples(
     """Each reference that still exists with its conversation, its answer last."""
     found = []
     for reference in references:
+        if "messages" in reference:  # a row of a recipe's data, which is nobody's to delete
+            shown, cut = list(reference["messages"]), bool(reference["cut"])
+            pictures = [load_image(one) for one in image_hashes(shown)]
+            found.append(({"row": reference["row"]}, CalibrationSample(shown, pictures, cut)))
+            continue
         if "preference" in reference:
             pair = pairs.get(reference["preference"])
             if pair is None:
@@ -90,7 +95,8 @@ def _of_pair(pair: Pair) -> Json:
     return {"preference": pair.preference_id}
 
 
-def _of_completion(completion: Completion) -> Json:
+def of_completion(completion: Completion) -> Json:
+    """The reference that stands for a completion."""
     return {"completion": completion.id}
 
 

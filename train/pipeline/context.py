@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from noria.blobs import Blobs
+from noria.recipes import Recipe
 from noria.records import STAGES, Job, Json, Stage
 from noria.registry import Registry
 from noria.settings import Settings, TrainSettings
 from noria.store import Store
-from train.data.pairs import ImageCache
+from train.data.pairs import ImageCache, LoadImage
+from train.data.sources import ImageLoader
 from train.log import EventLog
 
 # The share of a job's time that each stage takes, for one progress figure from 0 to 1.
@@ -44,6 +46,7 @@ class JobContext:
     owner: str
     check: Callable[[], None]
     log: EventLog
+    recipe: Recipe | None = None
     done: dict[str, Json] = field(default_factory=dict)
     _reported_at: float = 0.0
 
@@ -64,12 +67,15 @@ class JobContext:
         time.sleep(seconds)
 
     @property
-    def images(self) -> ImageCache:
-        """Stored pictures by hash."""
-        return ImageCache(self.blobs.get)
+    def images(self) -> LoadImage:
+        """Stored pictures by hash; in a job with a recipe also those that its data name."""
+        return ImageCache(self.blobs.get) if self.recipe is None else ImageLoader(self.blobs.get)
 
-    def progress(self, stage: Stage, share: float) -> None:
-        """Reports how far a stage is (0 to 1), at most twice a second, and stops the work where it must stop."""
+    def progress(self, stage: Stage, share: float, words: str | None = None) -> None:
+        """Reports how far a stage is (0 to 1), at most twice a second, and stops the work where it must stop.
+
+        `words` stand beside the bar on a terminal, in place of the stage's name.
+        """
         self.check()
         now = time.monotonic()
         if share < 1 and now - self._reported_at < REPORT_EVERY_S:
@@ -78,7 +84,7 @@ class JobContext:
         before = sum(SHARES[one] for one in STAGES[: STAGES.index(stage)])
         total = min(1.0, before + SHARES[stage] * share)
         self.store.set_progress(self.job.id, self.owner, stage=stage, progress=total)
-        self.log.progress(stage, total)
+        self.log.progress(words or stage, total)
 
     def metrics(self, values: Json) -> None:
         """Merges figures into the job's metrics."""

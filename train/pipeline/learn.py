@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 
 def run(ctx: JobContext) -> Json:
     """Trains, unless a report says that it was done."""
-    return once(ctx.folder / "train" / "report.json", lambda: _train(ctx))
+    return once(ctx.folder / "train" / "report.json", lambda: _train(ctx) if ctx.recipe is None else _recipe(ctx))
+
+
+def _recipe(ctx: JobContext) -> Json:
+    from train.stages.job import train
+
+    return train(ctx)
 
 
 def _train(ctx: JobContext) -> Json:

@@ -21,7 +21,7 @@ FILE = "snapshot.json"
 
 def run(ctx: JobContext) -> Json:
     """Refuses (Conflict, TrainingError, UnsupportedModel) or freezes the choice."""
-    content = once(ctx.folder / FILE, lambda: _freeze(ctx))
+    content = once(ctx.folder / FILE, lambda: _freeze(ctx) if ctx.recipe is None else _freeze_recipe(ctx))
     ctx.store.add_snapshot(
         Snapshot(
             id=content["id"],
@@ -60,6 +60,22 @@ def snapshot_file(ctx: JobContext) -> Json:
     return content
 
 
+def recent(ctx: JobContext, count: int) -> list[Completion]:
+    """Recent conversations with and without pictures in turn, as many of each as there are."""
+    pictured = ctx.store.recent_completions(count, "vision")
+    plain = ctx.store.recent_completions(count, "text")
+    mixed: list[Completion] = []
+    for index in range(max(len(pictured), len(plain))):
+        mixed += pictured[index : index + 1] + plain[index : index + 1]
+    return mixed
+
+
+def _freeze_recipe(ctx: JobContext) -> Json:
+    from train.stages.job import freeze
+
+    return freeze(ctx)
+
+
 def _freeze(ctx: JobContext) -> Json:
     parent = find_parent(ctx.registry, ctx.settings.home, live_version(ctx.registry))
     master_bytes = sum(path.stat().st_size for path in parent.master.glob("*.safetensors"))
@@ -69,7 +85,7 @@ def _freeze(ctx: JobContext) -> Json:
     train, held_out = selection.train, selection.held_out
     counts = (ctx.train.quantize.calibration_samples, ctx.train.verify.samples)
     samples = calibration.choose(
-        train, held_out, _recent(ctx, sum(counts)), counts, lambda h: snapshot.is_held_out(h, ctx.train.held_out)
+        train, held_out, recent(ctx, sum(counts)), counts, lambda h: snapshot.is_held_out(h, ctx.train.held_out)
     )
     return {
         **snapshot.canonical(selection),
@@ -104,16 +120,6 @@ def _too_few(counts: dict[str, int], needed: int, which: str) -> str:
         advice += ', or train on all again with settings {"preferences": "all"}'
     told = f"too few preferences: {counts['total']} {which} ones make {counts['used']} training pairs"
     return f"{told}, {needed} are needed" + (f" ({rest})" if rest else "") + f"; {advice}"
-
-
-def _recent(ctx: JobContext, count: int) -> list[Completion]:
-    """Recent conversations with and without pictures in turn, as many of each as there are."""
-    pictured = ctx.store.recent_completions(count, "vision")
-    plain = ctx.store.recent_completions(count, "text")
-    mixed: list[Completion] = []
-    for index in range(max(len(pictured), len(plain))):
-        mixed += pictured[index : index + 1] + plain[index : index + 1]
-    return mixed
 
 
 def _same(pair: Pair, digest: str) -> bool:

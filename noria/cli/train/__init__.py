@@ -1,0 +1,1 @@
+"""`noria train`: the trainer as a daemon, or one recipe."""

@@ -1,0 +1,120 @@
+"""`python -m train run RECIPE`: one recipe as a job of this very process, from its first stage to its version.
+
+Comes in: settings, a recipe's file, flags. Goes out: an exit status; progress on stderr, the job on stdout.
+The job is the daemon's in every way: it can be watched and cancelled, and a daemon goes on with it if this process dies.
+Must not import torch at the top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from noria.errors import Conflict, NoriaError, SettingsError, TrainingError, wire_of
+from noria.recipes import load_recipe
+from noria.records import Job, Json
+from noria.settings import Settings
+from noria.store import Store
+from train.daemon import Trainer, job_settings
+from train.log import EventLog
+
+INTERRUPTED = 130
+
+
+def main(settings: Settings, argv: Sequence[str]) -> int:
+    """Runs a recipe, or goes on with the job that was left. 0 when it succeeded, 130 when it was interrupted."""
+    asked = _arguments(argv)
+    wanted = None if asked.recipe is None else _job(settings, asked)
+    stopping = threading.Event()
+    log = EventLog()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stopper(stopping))
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with Store.open(settings.store_url) as store:
+        trainer = Trainer(settings, store, stopping, log)
+        trainer.registry.reconcile()
+        job = _claim(trainer, wanted, asked.rollout)
+        trainer.heartbeat.work(job.id)
+        trainer.heartbeat.start()
+        try:
+            outcome = trainer.work(job)
+        finally:
+            trainer.heartbeat.stop()
+        return _told(store.get_job(job.id), outcome, as_json=asked.json)
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="noria train run")
+    parser.add_argument("recipe", nargs="?", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--rollout", choices=("none", "direct"), default="none")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args(list(argv))
+    if (asked.recipe is None) != asked.resume:
+        raise SettingsError("name a recipe, or say --resume to go on with the job that was left", param="recipe")
+    return asked
+
+
+def _job(settings: Settings, asked: argparse.Namespace) -> Json:
+    """The job's settings, checked before the job is there."""
+    recipe = load_recipe(asked.recipe)
+    own = {} if asked.processes is None else {"processes": asked.processes}
+    wanted = {**own, "recipe": recipe.model_dump(mode="json", exclude_defaults=True)}
+    job_settings(settings.train, wanted)
+    return wanted
+
+
+def _claim(trainer: Trainer, wanted: Json | None, rollout: str) -> Job:
+    """A new job, or the one to go on with. Raises Conflict when another runs, or none was left."""
+    lease_s = trainer.settings.train.lease_s
+    if wanted is None:
+        job = trainer.store.claim_job(trainer.owner, lease_s)
+        if job is None:
+            raise Conflict("no job was left to go on with", code="no_job")
+        return job
+    try:
+        return trainer.store.start_job("recipe", wanted, rollout, trainer.owner, lease_s)
+    except Conflict as error:
+        advice = "wait for it, go on with it (`noria train run --resume`) or end it (`noria jobs cancel`)"
+        raise Conflict(f"{error.message}: {advice}", code=error.code) from error
+
+
+def _told(job: Job, outcome: str, *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(job.to_wire(), indent=2, ensure_ascii=False))
+    elif outcome == "succeeded":
+        print(f"{job.id} succeeded, made {job.version}")
+    try:
+        _raise_ended(job, outcome)
+    except NoriaError as error:
+        sys.stderr.write(f"noria train: {error.message}\n")
+        return INTERRUPTED if outcome == "released" else wire_of(error).exit_code
+    return 0
+
+
+def _raise_ended(job: Job, outcome: str) -> None:
+    """Nothing for a job that succeeded. Raises TrainingError for a failed one, Conflict for one that was stopped."""
+    if outcome == "failed":
+        raise TrainingError(f"job {job.id} failed at stage {job.stage}: {(job.error or {}).get('message')}")
+    if outcome != "succeeded":
+        more = {"released": "; `noria train run --resume` goes on with it", "lost": " by another trainer"}
+        raise Conflict(f"job {job.id} was {outcome} at stage {job.stage}{more.get(outcome, '')}")
+
+
+class _stopper:  # noqa: N801 - a handler with one thing to remember
+    """The first signal stops in order, a second one at once."""
+
+    def __init__(self, stopping: threading.Event) -> None:
+        self._stopping = stopping
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self._stopping.is_set():
+            raise SystemExit(128 + number)
+        self._stopping.set()
