@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SIDE = 96
 _OVER = 2  # drawn this much larger, then shrunk
-_MAX_NOISE = 14.0  # standard deviation, of 255
+_MAX_NOISE = 12.0  # standard deviation, of 255
 _HEART = tuple(
     (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16 - 0.08)
     for t in (2 * math.pi * step / 28 for step in range(28))

@@ -19,9 +19,9 @@ PREFIX = "scene:"
 KINDS = ("one", "two", "many", "digit")
 CLEAR = 0.2
 """Two things are left/right (above/below) of each other when their centres differ by this share of the picture."""
-_RADIUS = {"small": (0.08, 0.105), "large": (0.16, 0.2)}
+_RADIUS = {"small": (0.105, 0.13), "large": (0.17, 0.205)}
 _DIGIT_RADIUS = (0.18, 0.38)
-_TILT = {"heart": 35, "star": 36, "cross": 45, "square": 45, "triangle": 180, "circle": 0}
+_TILT = {"heart": 20, "star": 18, "cross": 20, "square": 20, "triangle": 20, "circle": 0}
 _GAP = 0.03
 _TRIES = 30
 
