@@ -53,7 +53,9 @@ class ManifestDraft(_Part):
     job: str | None = None
     snapshot: str | None = None
     modules: dict[str, Any] = Field(default_factory=dict)
-    """Module -> its policy in training."""
+    """Module -> its policy in training; of several stages, the last under which it trained."""
+    stages: list[Json] = Field(default_factory=list)
+    """Of a recipe: each stage's name, policies, settings, data with their hash, and curve."""
     architecture: str | None = None
     quantization: Json = Field(default_factory=dict)
     """Bits, group size and the rest of the GPTQ checkpoint's settings."""
@@ -62,7 +64,7 @@ class ManifestDraft(_Part):
     metrics: Json = Field(default_factory=dict)
     gate: Json | None = None
     frozen: dict[str, str] = Field(default_factory=dict)
-    """Module -> `sha256:..` over its serving tensors."""
+    """Module that training left as the parent's -> `sha256:..` over its serving tensors."""
 
 
 class Manifest(ManifestDraft):

@@ -21,12 +21,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from noria.errors import InvalidRequest, NoriaError, Unavailable
+from noria.errors import InvalidRequest, NoriaError, NotFound, Unavailable
 from noria.records import Json, Rollout, RolloutState
-from noria.registry import Registry, fingerprint
+from noria.registry import Manifest, Registry, fingerprint
 from noria.settings import Settings
 from noria.store import Store
 from serve.engine.versions import ServingVersion, VersionGate
+from serve.release.frozen import check_frozen
 from serve.release.ports import Engine
 from serve.release.probe import Prober
 from serve.release.swap import Swapper
@@ -160,7 +161,14 @@ class Releaser:
         manifest = self._registry.verify(version)
         new = ServingVersion(version, fingerprint(manifest), self._registry.path(version) / "serving")
         validate_serving(new.path, old.path)
+        check_frozen(new.path, manifest, self._parent(manifest))
         return new
+
+    def _parent(self, manifest: Manifest) -> Manifest | None:
+        try:
+            return None if manifest.parent is None else self._registry.manifest(manifest.parent)
+        except NotFound:  # an operator removed it to make room; the version's own hashes are still held to
+            return None
 
     async def _replace(self, old: ServingVersion, new: ServingVersion, metrics: Json, promote: bool) -> None:
         """With the gate closed and the engine paused: the new version in, proven and promoted, or the old one back."""
@@ -168,6 +176,7 @@ class Releaser:
             metrics["reload_s"] = await self._swapper.load(new.path)
             probe = await self._prober.run(new.path.parent)
             metrics |= {"probe_mean_abs_diff": probe.mean_abs_diff, "probe_tokens": probe.tokens}
+            metrics |= {f"probe_{kind}_diff": difference for kind, difference in probe.by_kind.items()}
             if promote:  # durable first: a crash from here on starts on the new version
                 await asyncio.to_thread(self._registry.promote, new.id)
         except asyncio.CancelledError:

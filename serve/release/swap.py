@@ -79,7 +79,11 @@ class Swapper:
         return await asyncio.wait_for(self._engine.collective_rpc(method, args=args), RELOAD_LIMIT_S)
 
     async def _forget(self) -> None:
-        """The old weights' keys, values and image features."""
+        """The old weights' keys, values and image features.
+
+        vLLM 0.31's reload empties the worker's image features; the scheduler goes on counting on them, and the next
+        request with a known picture would end the engine (`Encoder cache miss`). This empties both.
+        """
         if not await self._engine.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
             raise ReloadFailed("the engine still holds keys and values of the old weights")
         await self._engine.reset_encoder_cache()

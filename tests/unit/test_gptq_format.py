@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from noria.errors import IntegrityError, UnsupportedModel
+from noria.modules.hashes import group_hash
 from train.export import gptq_format
-from train.export.checkpoint import group_hash, tensor_index, write_file
+from train.export.checkpoint import tensor_index, write_file
 
 OUTPUTS, INPUTS, GROUP = 64, 96, 32
 

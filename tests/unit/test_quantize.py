@@ -15,12 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from noria.errors import Conflict, IntegrityError, InvalidRequest, NoriaError, TrainingError, UnsupportedModel
+from noria.modules.hashes import group_hash
 from noria.registry import Registry
 from noria.settings import QuantizeSettings, Settings, VerifySettings
 from noria.store import Store
 from tests.unit.test_modules import build
 from train.export import gptq_format, layers
-from train.export.checkpoint import INDEX_NAME, group_hash, tensor_index
+from train.export.checkpoint import INDEX_NAME, tensor_index
 from train.export.quantize import QuantizeReport, load_model, load_processor, quantize, to_device
 from train.export.rendering import CalibrationSample, encode
 from train.export.verify import verify

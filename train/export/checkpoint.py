@@ -129,22 +129,6 @@ def read_bytes(entry: TensorEntry) -> bytearray:
         return bytearray(stream.read(entry.size_bytes))
 
 
-def tensor_hash(entry: TensorEntry) -> str:
-    """SHA-256 (hex) over a tensor's dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{entry.dtype}{list(entry.shape)}".encode())
-    for chunk in _chunks(entry):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def group_hash(index: dict[str, TensorEntry], names: Iterable[str]) -> str:
-    """`sha256:..` over the sorted (name, dtype, shape, bytes) of some tensors: proof that a module did not change."""
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(f"{name}:{tensor_hash(index[name])}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
-
-
 def tree_hash(folder: Path) -> str:
     """`sha256:..` over the relative paths and contents of every file in a folder."""
     digest = hashlib.sha256()

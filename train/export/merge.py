@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from noria.errors import TrainingError
 from noria.modules import Architecture, architecture_of
-from noria.records import Json
+from noria.records import Json, Module
 from train.export.checkpoint import (
     TensorEntry,
     copy_side_files,
@@ -47,9 +47,19 @@ class MergeReport:
     max_update: float
 
 
-def merge(master: Path, deltas: Sequence[Path], out: Path, check: Callable[[], None] = lambda: None) -> MergeReport:
+def merge(
+    master: Path,
+    deltas: Sequence[Path],
+    out: Path,
+    check: Callable[[], None] = lambda: None,
+    *,
+    parent: Path | None = None,
+    frozen: Collection[Module] = (),
+) -> MergeReport:
     """Writes the merged checkpoint to `out`, which must not exist. `check` is called per tensor and may raise to stop.
 
+    `parent` is the folder that the lineage's last version serves from: what earlier deltas made of a `frozen` tower or
+    aligner is copied from there. Another machine's B A may differ in a last bit, and frozen means the same bytes.
     Raises TrainingError when a delta fits no tensor of the master, changes a module that it calls frozen, is of a kind
     that a sum of B A cannot express, or holds a number that is not finite.
     """
@@ -62,11 +72,11 @@ def merge(master: Path, deltas: Sequence[Path], out: Path, check: Callable[[], N
     copy_side_files(master, staging)
     for file in [*weight_files(master), *master.glob("*.safetensors.index.json")]:
         shutil.copyfile(file, staging / file.name)
-    largest = 0.0
+    largest, kept = 0.0, _kept(parent, arch, frozen)
     for name, change in sorted(together.items()):
         for entry in _stored_as(name, together, arch, index, config):
             check()
-            largest = max(largest, _apply(entry, staging / entry.file.name, change))
+            largest = max(largest, _apply(entry, staging / entry.file.name, change, kept.get(entry.name)))
     fsync_tree(staging)
     staging.rename(out)
     return MergeReport(
@@ -100,10 +110,21 @@ def _spelled(prefixes: Sequence[str], index: Mapping[str, TensorEntry]) -> list[
     return [f"{prefix}weight" for prefix in prefixes if f"{prefix}weight" in index]
 
 
-def _apply(entry: TensorEntry, file: Path, change: Change) -> float:
+def _kept(parent: Path | None, arch: Architecture, frozen: Collection[Module]) -> dict[str, TensorEntry]:
+    """The parent's tensors of frozen modules; the language model's are quantised there."""
+    if parent is None:
+        return {}
+    index = tensor_index(parent)
+    parted = arch.partition(index, spelling="checkpoint")
+    return {name: index[name] for module in frozen if module != "language_model" for name in parted[module]}
+
+
+def _apply(entry: TensorEntry, file: Path, change: Change, kept: TensorEntry | None) -> float:
     """Changes one tensor of a copied file; returns the largest absolute change before rounding."""
     merged, moved = changed_weight(entry.name, to_torch(entry), change)
+    if kept is not None and (kept.dtype, kept.shape) != (entry.dtype, entry.shape):
+        raise TrainingError(f"{kept.file} holds {kept.name} as {kept.dtype}{list(kept.shape)}, the master does not")
     with file.open("r+b") as stream:
         stream.seek(entry.begin)
-        stream.write(to_new(entry.name, merged).data)
+        stream.write(to_new(entry.name, merged).data if kept is None else read_bytes(kept))
     return moved

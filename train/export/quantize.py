@@ -1,8 +1,9 @@
 """Writes the GPTQ checkpoint that the engine serves.
 
-Comes in: a merged full-precision checkpoint, the source it descends from, calibration conversations. Goes out: a folder
-with the source's own files and tensor names in which each quantised linear's `.weight` has become four tensors and
-every other byte is as it was; `config.json` says so in `quantization_config`.
+Comes in: a merged full-precision checkpoint, a checkpoint whose frozen modules it must hold, calibration conversations.
+Goes out: a folder with the merged one's own files and tensor names in which each quantised linear's `.weight` has
+become four tensors and every other byte is as it was; `config.json` says so in `quantization_config`.
+A language model that was frozen is not quantised again: the parent's tensors are taken over, byte for byte.
 The solver is gptqmodel's GPTQ; its loader, its layer loop and its saver are not used: they know neither llava nor the
 names under which the source spells its tensors.
 """
@@ -13,7 +14,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,17 +22,19 @@ from typing import Any
 
 from noria.errors import IntegrityError, TrainingError, UnsupportedModel
 from noria.modules import Architecture, architecture_of
-from noria.records import Json, Module
+from noria.modules.hashes import module_hashes
+from noria.records import MODULES, Json, Module
 from noria.settings import QuantizeSettings
 from train.export.checkpoint import (
     NewTensor,
     TensorEntry,
     copy_side_files,
     fsync_tree,
-    group_hash,
+    read_bytes,
     rewrite,
     tensor_index,
 )
+from train.export.gptq_format import quantised_linears
 from train.export.layers import QuantisedLinear, quantise_layers
 from train.export.rendering import CalibrationSample, encode
 
@@ -42,9 +45,10 @@ _FLOATS = {"F32": "float16", "F16": "float16", "BF16": "bfloat16"}  # stored dty
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What quantisation did. `frozen` maps tower and aligner to the hash of their tensors.
+    """What quantisation did. `frozen` maps each frozen module to the hash of its tensors in the artefact.
 
-    `mean_loss` is GPTQ's squared output error per sample, averaged over linears.
+    `mean_loss` is GPTQ's squared output error per sample, averaged over linears; None where the language model was
+    frozen and the linears are the parent's.
     """
 
     frozen: dict[str, str]
@@ -53,7 +57,7 @@ class QuantizeReport:
     samples: int
     samples_skipped: int
     tokens: int
-    mean_loss: float
+    mean_loss: float | None
     seconds: float
 
 
@@ -64,18 +68,22 @@ def quantize(
     out: Path,
     settings: QuantizeSettings,
     progress: Callable[[float], None],
+    frozen: Collection[Module] = FROZEN,
 ) -> QuantizeReport:
     """Quantises the language model's linears of `merged` into `out`, which must not exist.
 
-    Raises UnsupportedModel for bits or a linear's sizes that the kernels cannot take, IntegrityError when `merged`
-    changed tower or aligner against `source`, TrainingError when no calibration sample fits or the solver finds no
-    finite solution.
+    `source` is the checkpoint whose `frozen` modules `merged` must hold byte for byte: the master, or the parent's
+    serving folder. With a frozen language model it must be the latter, and its quantised linears are kept.
+    Raises UnsupportedModel for bits or a linear's sizes that the kernels cannot take, IntegrityError when a frozen
+    module differs, TrainingError when no calibration sample fits or the solver finds no finite solution.
     """
     started = time.monotonic()
-    _check_kernel(settings)
     arch = architecture_of(json.loads((merged / "config.json").read_text()))
     index = tensor_index(merged)
-    frozen = _frozen_hashes(arch, index, tensor_index(source))
+    hashes = _frozen_hashes(arch, index, tensor_index(source), frozen)
+    if "language_model" in frozen:
+        return _keep_language_model(merged, source, out, arch, hashes, progress)
+    _check_kernel(settings)
     model = load_model(merged)
     linears = arch.lm_linears([name for name, _ in model.named_parameters()], "hf")
     names = {linear: arch.to_checkpoint(f"{linear}.weight", index).removesuffix(".weight") for linear in linears}
@@ -87,10 +95,15 @@ def quantize(
         solved[names[linear.name]] = linear
     del model
     quantization = _quantization_config(arch, settings)
-    _write(merged, out, solved, quantization)
+
+    def replace(entry: TensorEntry) -> list[NewTensor] | None:
+        linear = solved.get(entry.name.removesuffix(".weight"))
+        return None if linear is None else linear.packed.tensors(entry.name.removesuffix(".weight"))
+
+    _write(merged, out, quantization, merged, replace)
     progress(1.0)
     return QuantizeReport(
-        frozen=frozen,
+        frozen=hashes,
         quantization=quantization,
         linears=len(solved),
         samples=len(inputs),
@@ -99,6 +112,34 @@ def quantize(
         mean_loss=sum(linear.loss for linear in solved.values()) / len(solved),
         seconds=time.monotonic() - started,
     )
+
+
+def _keep_language_model(
+    merged: Path,
+    source: Path,
+    out: Path,
+    arch: Architecture,
+    hashes: dict[str, str],
+    progress: Callable[[float], None],
+) -> QuantizeReport:
+    """The parent's artefact with the modules that were trained in the place of its own."""
+    started = time.monotonic()
+    index = tensor_index(merged)
+    quantization = json.loads((source / "config.json").read_text()).get("quantization_config")
+    if quantization is None:
+        raise IntegrityError(f"{source} is not quantised, so its language model cannot be kept", param="source")
+    trained = {name for m in MODULES if m not in hashes for name in arch.partition(index, spelling="checkpoint")[m]}
+
+    def replace(entry: TensorEntry) -> list[NewTensor] | None:
+        if entry.name not in trained:
+            return None
+        new = index[entry.name]
+        return [NewTensor(new.name, new.dtype, new.shape, bytes(read_bytes(new)))]
+
+    _write(merged, out, quantization, source, replace)
+    progress(1.0)
+    kept = quantised_linears(tensor_index(out))
+    return QuantizeReport(hashes, quantization, len(kept), 0, 0, 0, None, time.monotonic() - started)
 
 
 def load_model(folder: Path, dtype: str | None = None) -> Any:
@@ -128,15 +169,15 @@ def to_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 
 def _frozen_hashes(
-    arch: Architecture, merged: Mapping[str, TensorEntry], source: Mapping[str, TensorEntry]
+    arch: Architecture, merged: Mapping[str, TensorEntry], source: Mapping[str, TensorEntry], frozen: Collection[Module]
 ) -> dict[str, str]:
-    hashes: dict[str, str] = {}
-    for module in FROZEN:
-        names = arch.partition(merged, spelling="checkpoint")[module]
-        hashes[module] = group_hash(dict(merged), names)
-        if hashes[module] != group_hash(dict(source), arch.partition(source, spelling="checkpoint")[module]):
+    """Hashes of the frozen modules' tensors in `source`, once those that are not quantised are the merged model's."""
+    hashes = module_hashes(arch, source, frozen)
+    unquantised = [module for module in hashes if module != "language_model"]
+    for module, made in module_hashes(arch, merged, unquantised).items():
+        if made != hashes[module]:
             raise IntegrityError(f"the merged model's {module} is not that of its source, although it is frozen")
-    return hashes
+    return {module: hashes[module] for module in MODULES if module in hashes}
 
 
 def _check_kernel(settings: QuantizeSettings) -> None:
@@ -206,18 +247,19 @@ def _quantization_config(arch: Architecture, settings: QuantizeSettings) -> Json
     }
 
 
-def _write(merged: Path, out: Path, solved: Mapping[str, QuantisedLinear], quantization: Json) -> None:
+def _write(
+    merged: Path,
+    out: Path,
+    quantization: Json,
+    tensors_of: Path,
+    replace: Callable[[TensorEntry], list[NewTensor] | None],
+) -> None:
     staging = out.with_name(out.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     copy_side_files(merged, staging)
     config = json.loads((merged / "config.json").read_text())
     (staging / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}, indent=2) + "\n")
-
-    def replace(entry: TensorEntry) -> list[NewTensor] | None:
-        linear = solved.get(entry.name.removesuffix(".weight"))
-        return None if linear is None else linear.packed.tensors(entry.name.removesuffix(".weight"))
-
-    rewrite(merged, staging, replace)
+    rewrite(tensors_of, staging, replace)
     fsync_tree(staging)
     staging.rename(out)

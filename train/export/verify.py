@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from noria.errors import TrainingError
 from noria.modules import architecture_of
+from noria.modules.hashes import tensor_hash
 from noria.settings import VerifySettings
-from train.export.checkpoint import TensorEntry, tensor_hash, tensor_index
+from train.export.checkpoint import TensorEntry, tensor_index
 from train.export.gptq_format import (
     SUFFIXES,
     dequantise,

@@ -19,11 +19,12 @@ import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from noria.errors import TrainingError
+from noria.module_settings import ResolvedPolicy
 from noria.modules import Architecture, architecture_of
 from noria.records import MODULES, Json, Module
 from train.export.checkpoint import TensorEntry, file_index, fsync_tree
@@ -177,7 +178,7 @@ def apply_deltas(model: Any, folders: Sequence[Path]) -> None:
 def save_delta(
     model: Any,
     out: Path,
-    modules: Mapping[Module, Any],
+    modules: Mapping[Module, ResolvedPolicy | Mapping[str, Any] | str],
     *,
     state: Mapping[str, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
@@ -186,8 +187,8 @@ def save_delta(
 
     `model` is a transformers model or peft's around one. Trained are its LoRA factors (adapter `default`, stored as
     float32) and every other parameter with `requires_grad`, stored in its own dtype or in `dtype`. `modules` maps each
-    module to its policy: a word, or a mapping or dataclass with a `policy`; what is left out is frozen. `state` gives
-    values by the model's own parameter names where the model holds only shards of them.
+    module to its policy: resolved, or a mapping with a `policy`, or that word alone; what is left out is frozen.
+    `state` gives values by the model's own parameter names where the model holds only shards of them.
     Raises TrainingError when what was trained is not what the policies say, or is not finite.
     """
     policies = {module: _told(modules.get(module, "frozen")) for module in MODULES}
@@ -215,13 +216,13 @@ def model_architecture(model: Any) -> Architecture:
 
 
 def _inner(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _told(policy: Any) -> Json:
+def _told(policy: ResolvedPolicy | Mapping[str, Any] | str) -> Json:
     if isinstance(policy, str):
         return {"policy": policy}
-    return asdict(policy) if is_dataclass(policy) and not isinstance(policy, type) else dict(policy)
+    return policy.record() if isinstance(policy, ResolvedPolicy) else dict(policy)
 
 
 def _trained(

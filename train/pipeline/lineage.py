@@ -1,4 +1,4 @@
-"""Where a job starts from: the live version, its ancestors' adapters and the master at their root.
+"""Where a job starts from: the live version, its ancestors' deltas and the master at their root.
 
 Comes in: registry and home. Goes out: a `Parent`, or a refusal that says what is missing. Must not import torch.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from noria.errors import Conflict, TrainingError
 from noria.modules import architecture_of
 from noria.registry import Base, Manifest, Registry
+from train.methods.delta import delta_folders
 
 DISK_FACTOR = 2.2  # merged model, quantised model (smaller than the master), adapter, and room for a staged copy
 DISK_RESERVE_BYTES = 256 * 1024**2
@@ -20,12 +21,17 @@ DISK_RESERVE_BYTES = 256 * 1024**2
 
 @dataclass(frozen=True)
 class Parent:
-    """The version that a job improves. `adapters` are oldest first; master plus all of them is what it serves."""
+    """The version that a job improves.
+
+    `adapters` are the lineage's delta folders, oldest first; master plus all of them is what it serves, quantised, from
+    `serving`.
+    """
 
     manifest: Manifest
     base: Base
     master: Path
     adapters: tuple[Path, ...]
+    serving: Path
 
     @property
     def version(self) -> str:
@@ -44,7 +50,7 @@ def live_version(registry: Registry) -> str:
 def find_parent(registry: Registry, home: Path, version: str) -> Parent:
     """Resolves a version's lineage.
 
-    Raises TrainingError (no master, an adapter missing) or UnsupportedModel (architecture not in the module map).
+    Raises TrainingError (no master, an adapter missing or empty) or UnsupportedModel (unknown to the module map).
     """
     lineage = registry.lineage(version)
     base = next((manifest.base for manifest in lineage if manifest.base is not None), None)
@@ -58,16 +64,16 @@ def find_parent(registry: Registry, home: Path, version: str) -> Parent:
             code="no_master",
         )
     architecture_of(json.loads((master / "config.json").read_text()))
-    adapters = []
+    adapters: list[Path] = []
     for manifest in lineage:
         adapter = registry.path(manifest.id) / "adapter"
         if adapter.is_dir():
-            adapters.append(adapter)
+            adapters += delta_folders(adapter)
         elif manifest.parent is not None:
             raise TrainingError(
                 f"{manifest.id} is a trained version but has no adapter in {adapter}", code="no_adapter"
             )
-    return Parent(lineage[-1], base, master, tuple(adapters))
+    return Parent(lineage[-1], base, master, tuple(adapters), registry.path(version) / "serving")
 
 
 def require_disk(master_bytes: int, folder: Path, free_bytes: int | None = None) -> None:

@@ -7,11 +7,13 @@ became of its rollout. A rollout that fails does not fail the job: the version e
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Literal, cast
 
 from noria.errors import Conflict
-from noria.records import Json, Rollout
+from noria.records import MODULES, Json, Rollout
 from noria.registry import STAGING, ManifestDraft
+from train.methods.delta import delta_folders, read_policies
 from train.pipeline.artefact import require_frozen
 from train.pipeline.context import JobContext
 from train.pipeline.files import link_tree, read_json, remove
@@ -86,27 +88,37 @@ def _draft(ctx: JobContext) -> ManifestDraft:
     parent = parent_of(ctx)
     trained, verified = ctx.done["train"], ctx.done["verify"]
     quantized = read_json(ctx.folder / "quantize.json") or ctx.done["quantize"]
-    require_frozen(quantized["frozen"], parent.manifest.frozen)
+    require_frozen(ctx, quantized["frozen"])
     learnt = ("steps", "pairs", "loss_first", "loss_last", "margin_last", "accuracy_last")
     checked = ("mean_kl", "max_kl", "agreement")
-    modules = ctx.train.modules.model_dump()
-    modules["language_model"] = {"policy": modules["language_model"], **ctx.train.lora.model_dump()}
     return ManifestDraft(
         parent=parent.version,
         base=parent.base,
         method=ctx.job.method,
         job=ctx.job.id,
         snapshot=ctx.done["snapshot"]["sha256"],
-        modules=modules,
+        modules=_policies(delta_folders(ctx.folder / "adapter")),
+        stages=trained.get("stages", []),
         architecture=parent.manifest.architecture,
         quantization=quantized["quantization"],
         calibration=quantized.get("calibration", {}),
         metrics={
-            **{key: trained[key] for key in learnt},
+            **{key: trained[key] for key in learnt if key in trained},
             **{key: verified[key] for key in checked if key in verified},
             "counts": ctx.done["snapshot"]["counts"],
         },
         frozen=quantized["frozen"],
-        settings=ctx.train.model_dump(include={"dpo", "lora", "quantize", "held_out", "preferences"}),
-        training={"dtype": trained["dtype"], "frozen": trained["frozen"], "snapshot_id": ctx.done["snapshot"]["id"]},
+        settings=ctx.train.model_dump(mode="json", include={"dpo", "modules", "quantize", "held_out", "preferences"}),
+        training={
+            **{key: trained[key] for key in ("dtype", "frozen") if key in trained},
+            "snapshot_id": ctx.done["snapshot"]["id"],
+        },
     )
+
+
+def _policies(deltas: tuple[Path, ...]) -> dict[str, Json]:
+    """Each module's policy in the job: over several deltas, the last one under which it trained."""
+    told: dict[str, Json] = {module: {"policy": "frozen"} for module in MODULES}
+    for delta in deltas:
+        told |= {module: policy for module, policy in read_policies(delta).items() if policy["policy"] != "frozen"}
+    return told

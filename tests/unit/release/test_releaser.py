@@ -178,7 +178,7 @@ async def test_a_probe_that_disagrees_puts_the_old_version_back(world: World) ->
     rollout = world.rollout("v2")
     await world.releaser.step()
     ended = world.ended(rollout)
-    assert ended.state == "failed" and "by 0.5 nats on average, 0.25 are allowed" in (ended.reason or "")
+    assert ended.state == "failed" and "by 0.5 nats on average over the text prompts, 0.25 are" in (ended.reason or "")
     assert world.serves("v1")
     assert world.engine.calls == [*SWAP, *BACK, *OLD_PROBE]
 
