@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import noria
 from noria.store import Store
 from tests.unit.test_cli_supervisor import eventually, lives
 
@@ -69,7 +70,8 @@ class Up:
             (halves / name / "__main__.py").write_text(textwrap.dedent(code))
         self.home = home
         command = [sys.executable, "-m", "noria", "--home", str(home), "up", "--http-port", "0", *flags]
-        environment = {**os.environ, "PYTHONPATH": str(halves)}
+        found = os.pathsep.join((str(halves), str(Path(noria.__file__).parents[1])))  # this checkout's `noria`
+        environment = {**os.environ, "PYTHONPATH": found}
         self.process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
