@@ -1,4 +1,4 @@
-"""Batches of samples for supervised training, and batches of like length.
+"""Batches of samples for supervised training.
 
 Comes in: samples and an `Encoder`. Goes out: the tensors of a model's forward, labels included.
 Must not import `serve`.
@@ -8,12 +8,10 @@ Shapes: B samples, T tokens of the longest, padded on the right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from noria.errors import TrainingError
 from train.data.encode import IGNORED, Encoded, Encoder
@@ -34,33 +32,6 @@ class SupervisedCollator:
         Raises TrainingError when no sample of the batch can be used: measure the data first and train on what is kept.
         """
         return pad(encode_all(self._encoder, samples), self._encoder.pad_id)
-
-
-class LengthGrouped(Sampler[int]):
-    """An order in which samples of like length are neighbours, so that batches have little padding.
-
-    Shuffled differently every epoch (`set_epoch`), the same for the same seed and epoch. `batch_size` is that of one
-    optimiser step on all processes.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0) -> None:
-        self._lengths = list(lengths)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which epoch's order comes next."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        """How many samples an epoch has."""
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        """The samples' numbers."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
 
 
 def encode_all(encoder: Encoder, samples: Sequence[Sample]) -> list[Encoded]:

@@ -14,7 +14,8 @@ from tests.tiny_families import FAMILIES, build_tiny_family
 from tests.unit.data.conversations import ALL, ONE, TEXT, TURNS, TWO, load_image
 from train.data.collate import SupervisedCollator
 from train.data.encode import Encoder
-from train.data.packing import PackedCollator, PackedData, plan
+from train.data.packing import PackedCollator, plan
+from train.data.packing.attention import NAME
 
 TOLERANCE = 1e-4  # of a loss, in nats
 
@@ -39,16 +40,37 @@ def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[s
 
 def test_the_loss_and_its_gradients_are_the_unpacked_ones(loaded: tuple[str, Encoder, Any]) -> None:
     _, encoder, model = loaded
+    text = model.config.get_text_config()
+    text._attn_implementation = "sdpa"
     padded = SupervisedCollator(encoder)(ALL)
+    loss, gradients = loss_and_gradients(model, padded)
     packed = PackedCollator(encoder, model)([ALL])
     assert "attention_mask" not in packed
     assert packed["input_ids"].shape[1] == int(padded["attention_mask"].sum())
-    loss, gradients = loss_and_gradients(model, padded)
-    same_loss, same_gradients = loss_and_gradients(model, packed)
-    assert same_loss == pytest.approx(loss, abs=TOLERANCE)
-    assert gradients.keys() == same_gradients.keys()
-    for name, gradient in gradients.items():
-        assert torch.allclose(gradient, same_gradients[name], rtol=1e-3, atol=1e-4), name
+    assert text._attn_implementation == NAME
+    for attention in (NAME, "sdpa", "eager"):  # ours, and transformers' own two ways to keep samples apart
+        text._attn_implementation = attention
+        same_loss, same_gradients = loss_and_gradients(model, packed)
+        assert same_loss == pytest.approx(loss, abs=TOLERANCE)
+        assert gradients.keys() == same_gradients.keys()
+        for name, gradient in gradients.items():
+            assert torch.allclose(gradient, same_gradients[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_what_is_not_packed_is_attended_to_as_before(loaded: tuple[str, Encoder, Any]) -> None:
+    _, encoder, model = loaded
+    text = model.config.get_text_config()
+    padded, alone = (SupervisedCollator(encoder)(samples) for samples in (ALL, [TURNS]))
+    told = {}
+    for attention in ("sdpa", NAME):
+        text._attn_implementation = attention
+        bare = {name: value for name, value in alone.items() if name != "attention_mask"}
+        with torch.no_grad():
+            losses = [float(model(**batch).loss) for batch in (padded, alone, bare)]
+        words = model.generate(padded["input_ids"][:2, :1], max_new_tokens=5, do_sample=False)
+        told[attention] = (losses, words.tolist())
+    assert told["sdpa"][0] == pytest.approx(told[NAME][0], abs=1e-6)
+    assert told["sdpa"][1] == told[NAME][1]
 
 
 def test_positions_that_run_on_would_have_shown(loaded: tuple[str, Encoder, Any]) -> None:
@@ -106,10 +128,3 @@ def test_a_plan_has_every_sample_once_within_the_budget() -> None:
     assert plan([], 512) == []
     with pytest.raises(SettingsError, match="holds 250 tokens and a sample has 255"):
         plan(lengths, 250)
-
-
-def test_packed_data_are_the_samples_of_each_pack() -> None:
-    data = PackedData(ALL, [(2, 0), (1,), (3,)])
-    assert len(data) == 3
-    assert data[0] == (TWO, ONE)
-    assert data[1:] == [(TEXT,), (TURNS,)]
