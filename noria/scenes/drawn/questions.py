@@ -12,10 +12,13 @@ from collections import Counter
 from dataclasses import dataclass
 
 from noria.scenes.drawn.scene import Scene, Thing, side_of
-from noria.scenes.drawn.words import shape_pairs
+from noria.scenes.drawn.words import COLOURS, SHAPES
 
 COUNT, COLOUR, SHAPE, SIZE, DIGIT = "count", "colour", "shape", "size", "digit"
 LEFT_RIGHT, ABOVE_BELOW, THERE = "left/right", "above/below", "there"
+
+
+_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def _there(scene: Scene, rng: random.Random) -> Asked:
     if rng.random() < 0.5:
         return Asked(THERE, f"Is there {_a(rng.choice(scene.things).name)}?", "yes")
     held = {(thing.colour, thing.word) for thing in scene.things}
-    colour, shape = rng.choice([pair for pair in shape_pairs(scene.split) if pair not in held])
+    colour, shape = rng.choice([pair for pair in _PAIRS if pair not in held])
     return Asked(THERE, f"Is there {_a(f'{colour} {shape}')}?", "no")
 
 

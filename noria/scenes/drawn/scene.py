@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from noria.errors import InvalidRequest
-from noria.scenes.drawn.words import BACKGROUNDS, MOST_THINGS, SHAPES, SIZES, SPLITS, digit_pairs, shape_pairs
+from noria.scenes.drawn.words import BACKGROUNDS, MOST_THINGS, SPLITS, Look, digit_looks, shape_looks
 
 PREFIX = "scene:"
 KINDS = ("one", "two", "many", "digit")
 CLEAR = 0.2
 """Two things are left/right (above/below) of each other when their centres differ by this share of the picture."""
 _RADIUS = {"small": (0.105, 0.13), "large": (0.17, 0.205)}
-_DIGIT_RADIUS = (0.18, 0.38)
+_DIGIT_RADIUS = {"small": (0.2, 0.27), "large": (0.3, 0.38)}
 _TILT = {"heart": 20, "star": 18, "cross": 20, "square": 20, "triangle": 20, "circle": 0}
 _GAP = 0.03
 _TRIES = 30
@@ -94,48 +94,48 @@ def side_of(thing: Thing, other: Thing) -> tuple[str, ...]:
 def _things(rng: random.Random, split: str, kind: str) -> tuple[Thing, ...]:
     if kind == "digit":
         return (_digit(rng, split),)
+    while True:  # looks that find no room are drawn again; small ones always find it
+        things = _placed(rng, _looks(rng, split, kind), apart=kind == "two")
+        if things is not None:
+            return things
+
+
+def _looks(rng: random.Random, split: str, kind: str) -> list[Look]:
+    looks = shape_looks(split)
+    first = rng.choice(looks)
     if kind == "one":
-        return _placed(rng, [rng.choice(shape_pairs(split))], apart=False)
-    if kind == "two":
-        first, second = _unlike(rng, split)
-        return _placed(rng, [first, second], apart=True)
+        return [first]
+    if kind == "two":  # unlike in both words, so that either alone names one of them
+        return [first, rng.choice([one for one in looks if one.colour != first.colour and one.word != first.word])]
     count = 1 + rng.randrange(MOST_THINGS)
-    pairs = shape_pairs(split)
-    if rng.random() < 0.4:
-        return _placed(rng, [rng.choice(pairs)] * count, apart=False)
-    shape = rng.choice(SHAPES)
-    alike = [pair for pair in pairs if pair[1] == shape]
-    among = alike if rng.random() < 0.3 else list(pairs)
-    return _placed(rng, [rng.choice(among) for _ in range(count)], apart=False)
+    in_what = rng.choice(("both", "both", "shape", "colour", "nothing"))
+    among = [one for one in looks if _alike(one, first, in_what)]
+    return [first, *(rng.choice(among) for _ in range(count - 1))]
 
 
-def _unlike(rng: random.Random, split: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Two pairs that share neither colour nor shape, so that either word alone names one of them."""
-    pairs = shape_pairs(split)
-    first = rng.choice(pairs)
-    second = rng.choice([pair for pair in pairs if pair[0] != first[0] and pair[1] != first[1]])
-    return first, second
+def _alike(one: Look, other: Look, in_what: str) -> bool:
+    same_word, same_colour = one.word == other.word, one.colour == other.colour
+    return {"both": same_word and same_colour, "shape": same_word, "colour": same_colour, "nothing": True}[in_what]
 
 
 def _digit(rng: random.Random, split: str) -> Thing:
-    colour, digit = rng.choice(digit_pairs(split))
-    radius = rng.uniform(*_DIGIT_RADIUS)
+    look = rng.choice(digit_looks(split))
+    radius = rng.uniform(*_DIGIT_RADIUS[look.size])
     x, y = (rng.uniform(radius + _GAP, 1 - radius - _GAP) for _ in range(2))
-    return Thing(digit, colour, "large" if radius > sum(_DIGIT_RADIUS) / 2 else "small", x, y, radius, rng.gauss(0, 6))
+    return Thing(look.word, look.colour, look.size, x, y, radius, rng.gauss(0, 6))
 
 
-def _placed(rng: random.Random, pairs: list[tuple[str, str]], *, apart: bool) -> tuple[Thing, ...]:
-    """Things in random places, none over another; `apart`: the first two clearly beside or above each other."""
-    while True:  # a draw of sizes that finds no room is drawn again; small ones always find it
-        sizes = [rng.choice(SIZES) for _ in pairs]
-        radii = [rng.uniform(*_RADIUS[size]) for size in sizes]
-        for _ in range(_TRIES):
-            spots = [tuple(rng.uniform(r + _GAP, 1 - r - _GAP) for _ in range(2)) for r in radii]
-            if _free(spots, radii) and (not apart or _clear(spots[0], spots[1])):
-                return tuple(
-                    Thing(word, colour, size, x, y, radius, rng.uniform(-_TILT[word], _TILT[word]))
-                    for (colour, word), size, radius, (x, y) in zip(pairs, sizes, radii, spots, strict=True)
-                )
+def _placed(rng: random.Random, looks: list[Look], *, apart: bool) -> tuple[Thing, ...] | None:
+    """Things in random places, none over another; `apart`: clearly beside or above each other. None: no room."""
+    radii = [rng.uniform(*_RADIUS[look.size]) for look in looks]
+    for _ in range(_TRIES):
+        spots = [tuple(rng.uniform(r + _GAP, 1 - r - _GAP) for _ in range(2)) for r in radii]
+        if _free(spots, radii) and (not apart or _clear(spots[0], spots[1])):
+            return tuple(
+                Thing(look.word, look.colour, look.size, x, y, radius, rng.uniform(-_TILT[look.word], _TILT[look.word]))
+                for look, radius, (x, y) in zip(looks, radii, spots, strict=True)
+            )
+    return None
 
 
 def _free(spots: list[tuple[float, ...]], radii: list[float]) -> bool:

@@ -6,6 +6,8 @@ Must not import Pillow or numpy.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
     "orange": (245, 140, 20),
@@ -25,29 +27,43 @@ TRAIN, HELD_OUT = "train", "held_out"
 SPLITS = (TRAIN, HELD_OUT)
 
 
-def _pairs(words: tuple[str, ...]) -> frozenset[tuple[str, str]]:
-    """Each word with one or two of the colours, so that every colour and every word stays in training."""
-    colours = tuple(COLOURS)
-    count = max(len(words), len(colours))
-    return frozenset((colours[index % len(colours)], words[(7 * index + 1) % len(words)]) for index in range(count))
+class Look(NamedTuple):
+    """What a thing looks like, in words: its colour, its shape or digit, its size."""
+
+    colour: str
+    word: str
+    size: str
 
 
-HELD_OUT_SHAPES = _pairs(SHAPES)
-"""(colour, shape) that no scene of the split `train` holds; scenes of `held_out` hold nothing else."""
-HELD_OUT_DIGITS = _pairs(tuple(reversed(DIGITS)))
-"""(colour, digit), likewise."""
+def _held_out(words: tuple[str, ...]) -> frozenset[Look]:
+    """One word for each colour and size. Pairs of words all stay in training: only their meeting is new.
+
+    A pair held out whole would teach the opposite of what is asked: that this colour never has this shape.
+    """
+    return frozenset(
+        Look(colour, words[(number + 3 * place + 1) % len(words)], size)
+        for number, colour in enumerate(COLOURS)
+        for place, size in enumerate(SIZES)
+    )
 
 
-def shape_pairs(split: str) -> tuple[tuple[str, str], ...]:
-    """The (colour, shape) pairs of one split, in a fixed order."""
+HELD_OUT_SHAPES = _held_out(SHAPES)
+"""(colour, shape, size) that no scene of the split `train` holds; scenes of `held_out` hold nothing else."""
+HELD_OUT_DIGITS = _held_out(DIGITS)
+"""(colour, digit, size), likewise."""
+
+
+def shape_looks(split: str) -> tuple[Look, ...]:
+    """The shapes of one split, in a fixed order."""
     return _split(SHAPES, HELD_OUT_SHAPES, split)
 
 
-def digit_pairs(split: str) -> tuple[tuple[str, str], ...]:
-    """The (colour, digit) pairs of one split, in a fixed order."""
+def digit_looks(split: str) -> tuple[Look, ...]:
+    """The digits of one split, in a fixed order."""
     return _split(DIGITS, HELD_OUT_DIGITS, split)
 
 
-def _split(words: tuple[str, ...], held_out: frozenset[tuple[str, str]], split: str) -> tuple[tuple[str, str], ...]:
+def _split(words: tuple[str, ...], held_out: frozenset[Look], split: str) -> tuple[Look, ...]:
     wanted = split == HELD_OUT
-    return tuple((colour, word) for colour in COLOURS for word in words if ((colour, word) in held_out) == wanted)
+    looks = (Look(colour, word, size) for colour in COLOURS for word in words for size in SIZES)
+    return tuple(look for look in looks if (look in held_out) == wanted)
