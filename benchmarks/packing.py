@@ -143,7 +143,7 @@ def plain_trl(setup: Setup, scratch: Path) -> Callable[[], Any]:
 
 def speed(way: str, setup: Setup) -> float:
     """Tokens per second of one pass over the rows."""
-    build = {
+    build: Callable[[Setup, Path], Callable[[], Any]] = {
         "packed": partial(ours, packing=True, grouped=False),
         "grouped": partial(ours, packing=False, grouped=True),
         "padded": partial(ours, packing=False, grouped=False),

@@ -208,8 +208,8 @@ def test_the_hash_follows_the_rows_and_not_their_place(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_bytes(lines(*rows))
     first, same, other = (load(tmp_path / f"{name}.jsonl").report.sha256 for name in "abc")
     assert first == same != other
-    rows = [hashlib.sha256(json.dumps(row(n), sort_keys=True, separators=(",", ":")).encode()).digest() for n in (1, 2)]
-    assert first == "sha256:" + hashlib.sha256(b"".join(rows)).hexdigest()
+    each = [hashlib.sha256(json.dumps(row(n), sort_keys=True, separators=(",", ":")).encode()).digest() for n in (1, 2)]
+    assert first == "sha256:" + hashlib.sha256(b"".join(each)).hexdigest()
 
 
 def test_embedded_pictures_go_to_the_blobs_and_come_back(tmp_path: Path) -> None:
