@@ -1,7 +1,7 @@
 """`python -m train run RECIPE`: one recipe as a job of this very process, from its first stage to its version.
 
 Comes in: settings, a recipe's file, flags. Goes out: an exit status; progress on stderr, the job on stdout.
-The job is the daemon's in every way: it can be watched and cancelled, and a daemon goes on with it if this process dies.
+The job is as any other: it can be watched and cancelled, and a daemon goes on with it if this process dies.
 Must not import torch at the top.
 """
 
@@ -34,7 +34,7 @@ def main(settings: Settings, argv: Sequence[str]) -> int:
     stopping = threading.Event()
     log = EventLog()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stopper(stopping))
+        signal.signal(number, _Stopper(stopping))
     settings.home.mkdir(parents=True, exist_ok=True)
     with Store.open(settings.store_url) as store:
         trainer = Trainer(settings, store, stopping, log)
@@ -108,7 +108,7 @@ def _raise_ended(job: Job, outcome: str) -> None:
         raise Conflict(f"job {job.id} was {outcome} at stage {job.stage}{more.get(outcome, '')}")
 
 
-class _stopper:  # noqa: N801 - a handler with one thing to remember
+class _Stopper:
     """The first signal stops in order, a second one at once."""
 
     def __init__(self, stopping: threading.Event) -> None:
