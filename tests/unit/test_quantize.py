@@ -121,6 +121,37 @@ def test_a_changed_tower_is_refused(tiny_vlm: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_trained_tower_is_exported_as_trained(tiny_vlm: Path, tmp_path: Path) -> None:
+    merged = Path(shutil.copytree(tiny_vlm, tmp_path / "merged"))
+    spoil(merged, lambda tensors: next(t for n, t in tensors.items() if n.startswith("vision_tower")).add_(0.5))
+    out = tmp_path / "out"
+    report = quantize(merged, tiny_vlm, calibration_samples(2), out, SETTINGS, lambda _: None, frozen=("aligner",))
+    wanted, got = load_file(merged / "model.safetensors"), load_file(out / "model.safetensors")
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted if not name.startswith("language_model.model.l"))
+    assert set(report.frozen) == {"aligner"}
+    verify(out, merged, calibration_samples(2), tmp_path / "probe.json", LOOSE)
+
+
+def test_a_frozen_language_model_keeps_the_parent_s_quantised_weights(
+    tiny_vlm: Path, made: Any, tmp_path: Path
+) -> None:
+    merged = Path(shutil.copytree(tiny_vlm, tmp_path / "merged"))
+    spoil(merged, lambda tensors: next(t for n, t in tensors.items() if n.startswith("multi_modal")).add_(0.5))
+    out, told = tmp_path / "out", list[float]()
+    report = quantize(merged, made[0], [], out, SETTINGS, told.append, frozen=("vision_tower", "language_model"))
+    parent, got = load_file(made[0] / "model.safetensors"), load_file(out / "model.safetensors")
+    changed = [name for name in parent if not torch.equal(parent[name], got[name])]
+    assert len(changed) == 1 and changed[0].startswith("multi_modal_projector.")
+    assert torch.equal(got[changed[0]], load_file(merged / "model.safetensors")[changed[0]])
+    assert json.loads((out / "config.json").read_text()) == json.loads((made[0] / "config.json").read_text())
+    assert set(report.frozen) == {"vision_tower", "language_model"} and told == [1.0]
+    assert report.frozen["vision_tower"] == made[1].frozen["vision_tower"]
+    assert (report.linears, report.samples, report.mean_loss) == (14, 0, None)
+    verify(out, merged, calibration_samples(2), tmp_path / "probe.json", LOOSE)
+    with pytest.raises(IntegrityError, match="is not quantised, so its language model cannot be kept"):
+        quantize(merged, tiny_vlm, [], tmp_path / "no", SETTINGS, told.append, ("vision_tower", "language_model"))
+
+
 def test_group_sizes_and_samples_that_do_not_fit(tiny_vlm: Path, tmp_path: Path) -> None:
     wide = QuantizeSettings(group_size=48)
     with pytest.raises(UnsupportedModel, match=r"train\.quantize\.group_size=48"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +14,12 @@ import pytest
 
 from noria.errors import Unavailable
 from noria.records import Rollout
-from noria.registry import Registry, fingerprint
+from noria.registry import ManifestDraft, Registry, fingerprint
 from noria.settings import ReleaseSettings, Settings
 from noria.store import Store
 from serve.engine.versions import ServingVersion, Trace, VersionGate
 from serve.release.releaser import EngineLost, Releaser
-from tests.unit.release.fakes import FakeEngine, publish
+from tests.unit.release.fakes import FakeEngine, publish, write_serving
 
 SWAP = ["pause wait", "reload v2", "reset prefix", "reset encoder", "resume", "probe text", "probe image"]
 BACK = ["pause abort", "reload v1", "zero", "reset prefix", "reset encoder", "resume"]
@@ -82,6 +84,7 @@ async def test_a_rollout_swaps_proves_and_promotes(world: World) -> None:
     assert (ended.state, ended.reason) == ("succeeded", None)
     assert ended.metrics["probe_mean_abs_diff"] == pytest.approx(0.1)
     assert ended.metrics["probe_tokens"] == 4
+    assert ended.metrics["probe_image_diff"] == ended.metrics["probe_text_diff"] == pytest.approx(0.1)
     timings = [ended.metrics[key] for key in ("validate_s", "drain_s", "reload_s", "pause_s")]
     assert all(seconds >= 0 for seconds in timings)
     assert ended.metrics["pause_s"] >= ended.metrics["drain_s"] + ended.metrics["reload_s"]
@@ -181,6 +184,32 @@ async def test_a_probe_that_disagrees_puts_the_old_version_back(world: World) ->
     assert ended.state == "failed" and "by 0.5 nats on average over the text prompts, 0.25 are" in (ended.reason or "")
     assert world.serves("v1")
     assert world.engine.calls == [*SWAP, *BACK, *OLD_PROBE]
+
+
+async def test_right_text_does_not_hide_wrong_pictures(world: World) -> None:
+    """Over all prompts the mean is 0.2 and would pass; over those with a picture it is 0.4."""
+    staging = world.registry.path(publish(world.registry, 2.0))
+    probe = json.loads((staging / "probe.json").read_text())
+    next(prompt for prompt in probe["prompts"] if prompt["image_png"])["logprobs"] = [-2.4, -2.4]
+    again = world.registry.begin("again")
+    shutil.copytree(staging / "serving", again / "serving")
+    (again / "probe.json").write_text(json.dumps(probe))
+    rollout = world.rollout(world.registry.publish(again, ManifestDraft(method="test")).id)
+    await world.releaser.step()
+    ended = world.ended(rollout)
+    assert ended.state == "failed" and "by 0.4 nats on average over the image prompts" in (ended.reason or "")
+    assert world.serves("v1")
+
+
+async def test_hashes_of_frozen_modules_that_are_not_so_never_reach_the_engine(world: World) -> None:
+    staging = world.registry.begin("liar")
+    write_serving(staging / "serving", 2.0)
+    draft = ManifestDraft(method="test", parent="v1", frozen={"vision_tower": "sha256:0"})
+    rollout = world.rollout(world.registry.publish(staging, draft).id)
+    await world.releaser.step()
+    ended = world.ended(rollout)
+    assert ended.state == "failed" and "vision_tower hashes to sha256:" in (ended.reason or "")
+    assert world.serves("v1") and world.engine.calls == []
 
 
 async def test_nan_in_the_engine_puts_the_old_version_back(world: World) -> None:
