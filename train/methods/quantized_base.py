@@ -142,6 +142,7 @@ def _stored_linear(path: str, architecture: Architecture, index: Any) -> str:
 
 def _fill(model: Any, architecture: Architecture, index: Any, dtype: torch.dtype) -> None:
     """Gives every parameter that is still empty its tensor from the checkpoint."""
+    model.tie_weights()  # tied tensors are stored once; what is made empty comes untied
     for name, parameter in list(model.named_parameters()):
         if parameter.device.type != "meta":
             continue

@@ -18,6 +18,7 @@ Must not import `serve`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -225,7 +226,9 @@ def _put_lora(model: Any, found: Mapping[Module, Scope], policies: Mapping[Modul
     if config is None:
         return
     config._register_custom_module({GptqLinear: GPTQLoraLinear})  # peft's LoRA over a frozen linear of any kind
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Unsupported layer type.*GptqLinear")  # it is told above
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # peft makes them in the base's dtype, where small steps would be rounded away
             parameter.data = parameter.data.float()
