@@ -85,7 +85,11 @@ def llava(tmp_path: Path) -> Path:
 
 def test_memory_and_disk_agree_bit_for_bit(master: Path, tmp_path: Path) -> None:
     """Three trainings in a row: full under LoRA, LoRA over full, full over LoRA."""
-    rows = (("01-eyes", EYES, {}), ("02-sft", SFT, {"mlp.up_proj": 2}), ("03-last", LAST, {}))
+    rows: tuple[tuple[str, Policies, dict[str, int]], ...] = (
+        ("01-eyes", EYES, {}),
+        ("02-sft", SFT, {"mlp.up_proj": 2}),
+        ("03-last", LAST, {}),
+    )
     for number, (name, policies, ranks) in enumerate(rows):
         out = tmp_path / "adapter" / name
         save_delta(trained(load(master, torch.float32), policies, number, ranks), out, dict(policies))
@@ -272,7 +276,8 @@ def test_a_frozen_module_is_copied_from_the_parent_and_not_computed_again(llava:
     name = next(name for name in tensors if name.endswith("multi_modal_projector.linear_1.weight"))
     tensors[name] = torch.nextafter(tensors[name], torch.tensor(torch.inf))
     save_file(tensors, file, metadata={"format": "pt"})
-    merge(llava, [tmp_path / "delta"], tmp_path / "child", parent=tmp_path / "parent", frozen=("aligner",))
+    frozen: tuple[Module, ...] = ("aligner",)
+    merge(llava, [tmp_path / "delta"], tmp_path / "child", parent=tmp_path / "parent", frozen=frozen)
     assert torch.equal(load_file(tmp_path / "child" / "model.safetensors")[name], tensors[name])
     merge(llava, [tmp_path / "delta"], tmp_path / "other", parent=tmp_path / "parent", frozen=())
     assert not torch.equal(load_file(tmp_path / "other" / "model.safetensors")[name], tensors[name])

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from noria.errors import Conflict, IntegrityError, InvalidRequest, NoriaError, TrainingError, UnsupportedModel
 from noria.modules.hashes import group_hash
+from noria.records import Module
 from noria.registry import Registry
 from noria.settings import QuantizeSettings, Settings, VerifySettings
 from noria.store import Store
@@ -124,8 +125,8 @@ def test_a_changed_tower_is_refused(tiny_vlm: Path, tmp_path: Path) -> None:
 def test_a_trained_tower_is_exported_as_trained(tiny_vlm: Path, tmp_path: Path) -> None:
     merged = Path(shutil.copytree(tiny_vlm, tmp_path / "merged"))
     spoil(merged, lambda tensors: next(t for n, t in tensors.items() if n.startswith("vision_tower")).add_(0.5))
-    out = tmp_path / "out"
-    report = quantize(merged, tiny_vlm, calibration_samples(2), out, SETTINGS, lambda _: None, frozen=("aligner",))
+    out, frozen = tmp_path / "out", list[Module](["aligner"])
+    report = quantize(merged, tiny_vlm, calibration_samples(2), out, SETTINGS, lambda _: None, frozen)
     wanted, got = load_file(merged / "model.safetensors"), load_file(out / "model.safetensors")
     assert all(torch.equal(got[name], wanted[name]) for name in wanted if not name.startswith("language_model.model.l"))
     assert set(report.frozen) == {"aligner"}

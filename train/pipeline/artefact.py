@@ -49,7 +49,7 @@ def quantize(ctx: JobContext) -> Json:
 
     def produce() -> Json:
         parent, frozen = parent_of(ctx), frozen_modules(ctx)
-        recipe, found = KEPT, []
+        recipe, found = KEPT, list[tuple[Json, "CalibrationSample"]]()
         if "language_model" not in frozen:
             recipe, found = _conversations(ctx, "calibration", ctx.train.quantize.calibration_samples)
         out = ctx.folder / "serving"
