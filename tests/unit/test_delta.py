@@ -70,7 +70,7 @@ def trained(model: Any, policies: Policies, seed: int = 0, ranks: dict[str, int]
 def master(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A family's tiny checkpoint in bfloat16."""
     torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("master") / request.param
+    folder: Path = tmp_path_factory.mktemp("master") / request.param
     build(request.param).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
