@@ -15,8 +15,7 @@ from PIL import Image as Pillow
 from noria.errors import NotFound, TrainingError
 from noria.records import Pair
 from train.data.render import ChatRenderer, decode_image
-
-LoadImage = Callable[[str], Pillow.Image]
+from train.data.samples import LoadImage as LoadImage
 
 
 @dataclass(frozen=True)

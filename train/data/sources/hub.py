@@ -7,7 +7,7 @@ Code of a data set is never run (`datasets` has dropped it). Must not import tor
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, overload
 
 from noria.errors import NotFound, Unavailable
@@ -37,7 +37,7 @@ class HubRows(Sequence[RawRow]):
             raise NotFound(f"data set {name!r}, split {split!r}: {error}", param="split") from error
         except OSError as error:
             raise Unavailable(f"data set {name!r} cannot be fetched: {error}", param="source") from error
-        self._rows: Any = found.cast(datasets.Features({k: _undecoded(v) for k, v in found.features.items()}))
+        self._rows: Any = found.with_format("arrow")  # plain values: pictures are not decoded, nothing is copied
         self._name = f"{name}[{split}]"
 
     def __len__(self) -> int:
@@ -52,17 +52,5 @@ class HubRows(Sequence[RawRow]):
         """A row, or several."""
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
-        return RawRow(self._name, index + 1, dict(self._rows[index]), None)
-
-
-def _undecoded(feature: Any) -> Any:
-    """The feature with every picture in it left as `{"bytes", "path"}`."""
-    import datasets
-
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, Mapping):
-        return {key: _undecoded(value) for key, value in feature.items()}
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        return type(feature)(_undecoded(feature.feature))
-    return feature
+        number = range(len(self))[index]
+        return RawRow(self._name, number + 1, self._rows[number : number + 1].to_pylist()[0], None)
