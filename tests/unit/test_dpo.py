@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from noria.errors import LeaseLost, TrainingError
 from noria.records import BLOB_SCHEME, Json, Pair
 from noria.settings import TrainSettings
+from tests.flow.rtn import quantize_rtn
 from train.data.pairs import PairRenderer, TextPair
 from train.data.render import ChatRenderer
 from train.methods.dpo import DpoReport, train_dpo
@@ -323,3 +324,72 @@ def test_the_adapters_dropout_is_the_one_asked_for(
     _, _, steps = trained
     _, dropped = run(tiny_vlm, pairs, tmp_path / "adapter", asked)
     assert dropped[-1].loss != steps[-1].loss
+
+
+FULL = {"policy": "full", "learning_rate": 1e-3}
+LORA = {"policy": "lora", "rank": 4, "alpha": 8, "learning_rate": 2e-3}
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        {"aligner": FULL, "language_model": LORA},
+        {"aligner": LORA, "language_model": LORA},
+        {"language_model": FULL},
+        {"aligner": FULL, "language_model": {**FULL, "last_blocks": 1}},
+    ],
+    ids=["aligner full", "aligner LoRA", "language model full", "both full, the last layer"],
+)
+def test_other_modules_learn_from_preferences_too(
+    tiny_vlm: Path, pairs: list[TextPair], tmp_path: Path, modules: dict[str, Any]
+) -> None:
+    """The reference is the untrained policy also where its weights train in full, so LoRA off does not give it back."""
+    _, steps = run(tiny_vlm, pairs, tmp_path / "three", settings(modules))
+    assert steps[0].loss == pytest.approx(math.log(2), abs=1e-5)
+    assert steps[-1].loss < 0.6
+    report, _ = run(tiny_vlm, pairs, tmp_path / "one", settings(modules, epochs=1))
+    trained = {row.module: row.trainable > 0 for row in report.modules}
+    assert trained == {"vision_tower": False, "aligner": "aligner" in modules, "language_model": True}
+    assert sorted(report.frozen) == ["vision_tower"] if "aligner" in modules else ["aligner", "vision_tower"]
+    architecture, processor = read_architecture(tiny_vlm), load_processor(tiny_vlm)
+    reference = load_policy(tiny_vlm, [], architecture, torch.float32)
+    policy = load_policy(tiny_vlm, [tmp_path / "one"], architecture, torch.float32)
+    assert steps[1].loss == pytest.approx(paper_loss(policy, reference, processor, pairs, beta=0.1), abs=1e-4)
+    changed = {
+        architecture.module_of(name)
+        for (name, ours), theirs in zip(policy.named_parameters(), reference.parameters(), strict=True)
+        if not torch.equal(ours, theirs)
+    }
+    assert changed == ({"aligner", "language_model"} if "aligner" in modules else {"language_model"})
+
+
+def test_a_lora_learnt_on_our_own_4_bit_checkpoint_goes_on_the_master(
+    tiny_vlm: Path, pairs: list[TextPair], tmp_path: Path
+) -> None:
+    """QLoRA: the reference is the 4-bit model, the delta a LoRA like any other, and nothing packed is written."""
+    quantize_rtn(tiny_vlm, tmp_path / "serving")
+    before = (tmp_path / "serving" / "model.safetensors").read_bytes()
+    _, steps = run(tiny_vlm, pairs, tmp_path / "adapter", base="gptq", serving=tmp_path / "serving")
+    assert steps[0].loss == pytest.approx(math.log(2), abs=1e-6)
+    assert steps[-1].loss < 0.5
+    assert (tmp_path / "serving" / "model.safetensors").read_bytes() == before
+    names = set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert len(names) == 2 * 7 * 2
+    architecture, processor = read_architecture(tiny_vlm), load_processor(tiny_vlm)
+    master = load_policy(tiny_vlm, [], architecture, torch.float32)
+    merged = load_policy(tiny_vlm, [tmp_path / "adapter"], architecture, torch.float32)
+    assert paper_loss(merged, master, processor, pairs, beta=0.1) < 0.6
+
+
+def test_the_policies_in_force_are_shown_before_the_first_step(
+    tiny_vlm: Path, pairs: list[TextPair], tmp_path: Path
+) -> None:
+    told: list[str] = []
+
+    def stop() -> None:
+        raise LeaseLost("enough was seen", code="cancelled")
+
+    with pytest.raises(LeaseLost):
+        run(tiny_vlm, pairs, tmp_path / "adapter", check=stop, on_ready=lambda applied: told.append(applied.table()))
+    assert "language_model" in told[0]
+    assert "lora r=4" in told[0]
