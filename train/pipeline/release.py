@@ -110,7 +110,7 @@ def _draft(ctx: JobContext) -> ManifestDraft:
         frozen=quantized["frozen"],
         settings=ctx.train.model_dump(mode="json", include={"dpo", "modules", "quantize", "held_out", "preferences"}),
         training={
-            **{key: trained[key] for key in ("dtype", "frozen") if key in trained},
+            **{key: trained[key] for key in ("dtype", "frozen", "recipe") if key in trained},
             "snapshot_id": ctx.done["snapshot"]["id"],
         },
     )
