@@ -2,6 +2,7 @@
 
 Comes in: the snapshot's training pairs and the parent. Goes out: `adapter/`, `train/log.jsonl` with one line a step,
 `train/report.json`; every step's loss and margin in the job's events. A restart begins again with the same seed.
+A job with a recipe runs its stages instead (`train.stages.job`).
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from train.pipeline.context import JobContext
 from train.pipeline.files import once, remove
 from train.pipeline.prepare import frozen_pairs, parent_of
 
+REPORT = "train/report.json"
+
 if TYPE_CHECKING:
     from train.methods.dpo_trainer import Step
     from train.methods.policies import Applied
 
 
 def run(ctx: JobContext) -> Json:
-    """Trains, unless a report says that it was done."""
-    return once(ctx.folder / "train" / "report.json", lambda: _train(ctx) if ctx.recipe is None else _recipe(ctx))
+    """Trains, unless a report says that it was done. A recipe's stages and their curves stay in the report."""
+    told = once(ctx.folder / REPORT, lambda: _train(ctx) if ctx.recipe is None else _recipe(ctx))
+    return {key: value for key, value in told.items() if key not in ("stages", "recipe")}
 
 
 def _recipe(ctx: JobContext) -> Json:

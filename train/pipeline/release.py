@@ -17,6 +17,7 @@ from train.methods.delta import delta_folders, read_policies
 from train.pipeline.artefact import require_frozen
 from train.pipeline.context import JobContext
 from train.pipeline.files import link_tree, read_json, remove
+from train.pipeline.learn import REPORT
 from train.pipeline.prepare import parent_of
 
 SERVER_FRESH_S = 15.0
@@ -86,7 +87,7 @@ def _told(version: str, made: Rollout | None) -> Json:
 
 def _draft(ctx: JobContext) -> ManifestDraft:
     parent = parent_of(ctx)
-    trained, verified = ctx.done["train"], ctx.done["verify"]
+    trained, verified = read_json(ctx.folder / REPORT) or ctx.done["train"], ctx.done["verify"]
     quantized = read_json(ctx.folder / "quantize.json") or ctx.done["quantize"]
     require_frozen(ctx, quantized["frozen"])
     learnt = ("steps", "pairs", "loss_first", "loss_last", "margin_last", "accuracy_last")
@@ -108,12 +109,20 @@ def _draft(ctx: JobContext) -> ManifestDraft:
             "counts": ctx.done["snapshot"]["counts"],
         },
         frozen=quantized["frozen"],
-        settings=ctx.train.model_dump(mode="json", include={"dpo", "modules", "quantize", "held_out", "preferences"}),
+        settings=_settings(ctx),
         training={
             **{key: trained[key] for key in ("dtype", "frozen", "recipe") if key in trained},
             "snapshot_id": ctx.done["snapshot"]["id"],
         },
     )
+
+
+def _settings(ctx: JobContext) -> Json:
+    """What decided the outcome: the recipe, or the method's settings."""
+    if ctx.recipe is not None:
+        told = ctx.train.model_dump(mode="json", include={"quantize", "base", "processes"})
+        return {**told, "recipe": ctx.recipe.model_dump(mode="json", exclude_defaults=True)}
+    return ctx.train.model_dump(mode="json", include={"dpo", "modules", "quantize", "held_out", "preferences"})
 
 
 def _policies(deltas: tuple[Path, ...]) -> dict[str, Json]:

@@ -151,7 +151,8 @@ def _stage(ctx: JobContext, run: StageRun, index: int, count: int) -> Json:
     listener = Listener(teller.step, teller.table, teller.measured, ctx.check)
 
     def produce() -> Json:
-        ctx.note(f"stage {run.folder.name} ({run.stage.kind}) begins")
+        alone = run.stage.kind == "dpo" and run.processes > 1
+        ctx.note(f"stage {run.folder.name} ({run.stage.kind}) begins" + (", in one process" if alone else ""))
         return run_stage(run, listener)
 
     report = once(run.folder / "report.json", produce)
