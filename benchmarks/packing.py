@@ -41,6 +41,7 @@ from train.stages.trainer import StageTrainer, StageWatch
 RANK = 8
 RATE = 1e-4
 LIMIT = 1024
+TURNS = 5
 WAYS = ("packed", "grouped", "padded", "TRL")
 
 
@@ -61,14 +62,15 @@ class Setup:
 
 
 def write_rows(folder: Path, count: int, seed: int = 0) -> Path:
-    """Dialogues about drawn scenes with their pictures, in TRL's prompt and completion, which both sides read."""
+    """Dialogues of 1 to TURNS questions about drawn scenes, in TRL's prompt and completion, which both sides read."""
     file = folder / "rows.jsonl"
     load = ImageLoader()
     with file.open("w") as sink:
         for number, one in enumerate(read(DataSource(source="scenes", count=count, seed=seed), "sft")):
             sample = cast(Sample, one)
             load(sample.images[0]).save(folder / f"{number}.png")
-            turns = [{"role": turn["role"], "content": _words(turn["content"])} for turn in sample.messages]
+            some = sample.messages[: 2 * (1 + number % TURNS)]
+            turns = [{"role": turn["role"], "content": _words(turn["content"])} for turn in some]
             row = {"prompt": turns[:-1], "completion": turns[-1:], "images": [f"{number}.png"]}
             sink.write(json.dumps(row) + "\n")
     return file
