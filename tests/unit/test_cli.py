@@ -126,7 +126,8 @@ def test_why_without_a_trainer_says_how_to_start_one(run: Run) -> None:
 
 
 def test_retrain_asks_for_what_was_said(run: Run) -> None:
-    given = ["--method", "dpo", "--rollout", "none", "--settings", "dpo.beta=0.2", "--settings", "modules.language_model.rank=8"]
+    said = ["dpo.beta=0.2", "modules.language_model.rank=8"]
+    given = ["--method", "dpo", "--rollout", "none", "--settings", said[0], "--settings", said[1]]
     code, out, _ = run("retrain", *given, answers={"POST /noria/v1/jobs": job("queued")})
     assert (code, out) == (0, "job_1 queued\n")
     settings = {"dpo": {"beta": 0.2}, "modules": {"language_model": {"rank": 8}}}

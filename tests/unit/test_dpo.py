@@ -86,8 +86,7 @@ def run(
         asked.policies(),
         on_step=steps.append,
         check=check,
-        dtype=torch.float32,
-        **more,
+        **{"dtype": torch.float32, **more},
     )
     return report, steps
 
@@ -379,6 +378,23 @@ def test_a_lora_learnt_on_our_own_4_bit_checkpoint_goes_on_the_master(
     master = load_policy(tiny_vlm, [], architecture, torch.float32)
     merged = load_policy(tiny_vlm, [tmp_path / "adapter"], architecture, torch.float32)
     assert paper_loss(merged, master, processor, pairs, beta=0.1) < 0.6
+
+
+@pytest.mark.parametrize("base", ["master", "gptq"])
+def test_over_a_model_of_half_the_bits_what_trains_is_float32(
+    tiny_vlm: Path, pairs: list[TextPair], tmp_path: Path, base: str
+) -> None:
+    """As on a GPU: bfloat16 weights, the aligner raised to float32, the forward under autocast."""
+    quantize_rtn(tiny_vlm, tmp_path / "serving")
+    asked = settings({"aligner": FULL, "language_model": LORA})
+    more: dict[str, Any] = {"base": base, "serving": tmp_path / "serving", "dtype": torch.bfloat16}
+    report, steps = run(tiny_vlm, pairs, tmp_path / "adapter", asked, **more)
+    assert report.dtype == "bfloat16"
+    assert steps[0].loss == pytest.approx(math.log(2), abs=5e-3)  # the reference ran in other batches
+    assert steps[-1].loss < 0.6
+    full = load_file(tmp_path / "adapter" / "full.safetensors")
+    assert {tensor.dtype for tensor in full.values()} == {torch.float32}
+    assert {name.rsplit(".", 2)[0] for name in full} == {"model.multi_modal_projector"}
 
 
 def test_the_policies_in_force_are_shown_before_the_first_step(

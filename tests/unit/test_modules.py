@@ -232,6 +232,17 @@ def test_gptq_tree_names_what_is_there(model: Any, arch: Architecture) -> None:
         assert hasattr(model.get_submodule(owner), leaf), name
 
 
+def test_blocks_are_numbered_and_what_is_never_read_is_known(family: str, model: Any, arch: Architecture) -> None:
+    """Two blocks in the tower and two layers in the decoder; only LLaVA's towers keep a norm they never use."""
+    blocks: dict[Module, set[int | None]] = {module: set() for module in MODULES}
+    for name, _ in model.named_parameters():
+        blocks[arch.module_of(name)].add(arch.block_of(name))
+    assert blocks == {"vision_tower": {None, 0, 1}, "aligner": {None}, "language_model": {None, 0, 1}}
+    unread = {name for name, _ in model.named_parameters() if not arch.is_read(name)}
+    norms = {f"model.vision_tower.post_layernorm.{leaf}" for leaf in ("weight", "bias")}
+    assert unread == (norms if family.startswith("llava") else set())
+
+
 def test_saved_names_sort_alike_and_can_be_found(model: Any, arch: Architecture, saved: list[str]) -> None:
     names = [name for name, _ in model.named_parameters()]
     by_hf, by_file = arch.partition(names), arch.partition(saved, "checkpoint")

@@ -16,6 +16,7 @@ from train.methods.frozen import roots
 from train.methods.policies import Applied, apply_policies
 
 Policies = dict[Module, ResolvedPolicy]
+GENTLE = {"policy": "full", "learning_rate": 1e-6}
 COMBINATIONS: dict[str, tuple[Any, Any, Any]] = {  # tower, aligner, language model
     "tower full, aligner full, LoRA": ("full", "full", "lora"),
     "tower full, aligner LoRA, LoRA": ("full", "lora", "lora"),
@@ -25,7 +26,7 @@ COMBINATIONS: dict[str, tuple[Any, Any, Any]] = {  # tower, aligner, language mo
     "aligner full, LoRA": ("frozen", "full", "lora"),
     "LoRA alone": ("frozen", "frozen", "lora"),
     "language model full": ("frozen", "frozen", "full"),
-    "everything at 1e-6": tuple({"policy": "full", "learning_rate": 1e-6} for _ in MODULES),
+    "everything at 1e-6": (GENTLE, GENTLE, GENTLE),
     "LoRA everywhere": ("lora", "lora", "lora"),
 }
 
@@ -44,6 +45,12 @@ def owner(applied: Applied, name: str) -> Module:
     return applied.architecture.module_of(name)
 
 
+def is_used(family: str, applied: Applied, name: str) -> bool:
+    """Whether a forward reads a parameter: LLaVA takes the tower's hidden states before its last block."""
+    behind = family in ("llava", "llava_next") and applied.architecture.block_of(name) == 1
+    return applied.architecture.is_read(name) and not (behind and owner(applied, name) == "vision_tower")
+
+
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -55,19 +62,14 @@ def test_exactly_what_the_policies_say_learns(family: str, stated: tuple[Any, An
     model = tiny(family)
     applied = apply(model, *stated)
     optimizer = applied.optimizer(lr=0.0)  # the groups' own rates win over a default
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-2
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     model.train()
     model(**batch(family, model)).loss.backward()
     for name, parameter in model.named_parameters():
         asked = applied.policies[owner(applied, name)].policy
         assert parameter.requires_grad == (parameter.grad is not None), name
-        if asked == "full":
-            read = applied.architecture.is_read(name) and not name.startswith("model.vision_tower.encoder.layers.1")
-            assert parameter.requires_grad or not read or family == "llava_onevision", name
-        else:
-            assert parameter.requires_grad == (".lora_" in name), name
+        learns = is_used(family, applied, name) if asked == "full" else ".lora_" in name
+        assert parameter.requires_grad == learns, name
     optimizer.step()
     changed = {owner(applied, name) for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert changed == {module for module in MODULES if applied.policies[module].trains}
@@ -84,7 +86,7 @@ def test_a_frozen_tower_hands_on_no_gradient_whatever_hooks_the_inputs(family: s
         if not before:
             model.enable_input_require_grads()
         inputs = batch(family, model)
-        seen = _inputs_of_the_aligner(applied)
+        seen = _inputs_of_the_aligner(model)
         model.train()
         model(**inputs).loss.backward()
         assert seen
@@ -93,26 +95,28 @@ def test_a_frozen_tower_hands_on_no_gradient_whatever_hooks_the_inputs(family: s
         assert all(p.grad is None for n, p in model.named_parameters() if owner(applied, n) == "vision_tower")
 
 
-def test_the_trap_is_real_on_qwen() -> None:
-    """The control of the test above: `requires_grad_(False)` alone leaves the graph of a whole tower behind."""
-    model = tiny("qwen2_5_vl")
+def test_the_trap_is_real(family: str) -> None:
+    """The control of the test above: `requires_grad_(False)` alone leaves the graph of a whole tower behind.
+
+    In transformers 5.17 everywhere but on Qwen3-VL, whose tower gets no such hook.
+    """
+    model = tiny(family)
+    inputs = batch(family, model)
     model.requires_grad_(False)
     model.enable_input_require_grads()
-    seen: list[bool] = []
-    inputs = batch("qwen2_5_vl", model)
-    model.model.visual.merger.register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad))
+    seen = _inputs_of_the_aligner(model)
     model(**inputs)
-    assert seen == [True]
+    assert any(seen) == (family != "qwen3_vl")
 
 
-def _inputs_of_the_aligner(applied: Applied) -> list[bool]:
+def _inputs_of_the_aligner(model: Any) -> list[bool]:
     """Fills up, in a forward, with whether what the aligner is given requires gradients."""
     seen: list[bool] = []
 
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.extend(t.requires_grad for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
 
-    for _, module in roots(applied.model, applied.architecture, ["aligner"]):
+    for _, module in roots(model, architecture(model), ["aligner"]):
         module.register_forward_pre_hook(look, with_kwargs=True)
     return seen
 
