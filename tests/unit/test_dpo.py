@@ -100,34 +100,6 @@ def trained(
     return out, *run(tiny_vlm, pairs, out)
 
 
-def test_prompts_are_rendered_as_the_engine_would(pairs: list[TextPair]) -> None:
-    assert pairs[0].prompt == "<|im_start|>user\n<image>\nwhat is it<|im_end|>\n<|im_start|>assistant\n"
-    assert pairs[1].prompt == "<|im_start|>user\nsay green 1<|im_end|>\n<|im_start|>assistant\n"
-    assert (pairs[0].chosen, pairs[0].rejected) == ("a red square<|im_end|>", "no<|im_end|>")
-
-
-def test_an_answer_that_its_limit_cut_is_not_taught_to_end_there(renderer: PairRenderer) -> None:
-    cut = renderer.render(replace(pair(1), rejected_cut=True))
-    assert (cut.chosen, cut.rejected) == ("a green square<|im_end|>", "no a")
-    cut = renderer.render(replace(pair(1), chosen_cut=True))
-    assert (cut.chosen, cut.rejected) == ("a green square", "no a<|im_end|>")
-
-
-def test_a_template_of_strings_gets_pictures_in_front_of_the_text(tiny_vlm: Path) -> None:
-    processor = load_processor(tiny_vlm)
-    processor.chat_template = "{% for m in messages %}[{{ m['content'] + '' }}]{% endfor %}"
-    strings = ChatRenderer(processor)
-    assert not strings.wants_parts
-    assert strings.prompt(pair(0).messages) == "[<image>\nwhat is it]"
-
-
-def test_length_counts_picture_tokens_and_the_longer_answer(renderer: PairRenderer, tiny_vlm: Path) -> None:
-    tokenizer = load_processor(tiny_vlm).tokenizer
-    rendered = renderer.render(pair(4))
-    texts = [len(tokenizer(text)["input_ids"]) for text in (rendered.prompt, rendered.chosen, rendered.rejected)]
-    assert renderer.tokens(pair(4)) == texts[0] - 1 + 16 + max(texts[1:])  # (32 / 8)^2 = 16 for one placeholder
-
-
 def test_the_first_loss_is_ln_2_and_an_overfit_batch_goes_down(trained: tuple[Path, DpoReport, list[Step]]) -> None:
     _, report, steps = trained
     assert steps[0].loss == pytest.approx(math.log(2), abs=1e-6)
