@@ -1,0 +1,1 @@
+"""Stages of recipes: order, heads, losses, checkpoints, processes, jobs."""

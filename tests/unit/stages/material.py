@@ -1,0 +1,66 @@
+"""Small training data on disk, and stages over them: pictures of one coloured square, conversations, preferences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from noria.recipes import RecipeStage, parse_recipe
+from noria.records import Json
+
+COLOURS = ("red", "green", "blue")
+FILES = {"vision": "labels.jsonl", "dpo": "preferences.jsonl"}
+
+
+def write_data(folder: Path, count: int = 12) -> Path:
+    """`labels.jsonl`, `conversations.jsonl` (every third row without a picture) and `preferences.jsonl`."""
+    rows: dict[str, list[Json]] = {"labels": [], "conversations": [], "preferences": []}
+    for number in range(count):
+        colour = COLOURS[number % 3]
+        picture, box = _square(colour, number)
+        picture.save(folder / f"{number}.png")
+        shown = {"type": "image_url", "image_url": {"url": f"{number}.png"}}
+        content: Any = [shown, {"type": "text", "text": "what is it"}] if number % 3 else f"say {colour}"
+        asked = {"role": "user", "content": content}
+        answer = {"role": "assistant", "content": "a " + "big " * (number % 4) + f"{colour} square"}
+        objects = [{"label": colour, "box": box}]
+        rows["labels"].append({"image": f"{number}.png", "labels": {"colour": colour}, "objects": objects})
+        rows["conversations"].append({"messages": [asked, answer]})
+        rows["preferences"].append({"messages": [asked, answer], "rejected_response": "no"})
+    for name, found in rows.items():
+        write_rows(folder / f"{name}.jsonl", found)
+    return folder
+
+
+def write_rows(path: Path, rows: Sequence[Json]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def stage(data: Path, kind: str, **more: Any) -> RecipeStage:
+    """A stage of four steps over `data`; `more` wins."""
+    told = {
+        "name": "one",
+        "kind": kind,
+        "data": [{"source": str(data / FILES.get(kind, "conversations.jsonl"))}],
+        "steps": 4,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "max_length": 256,
+        "warmup_ratio": 0.0,
+    }
+    if "epochs" in more:
+        told.pop("steps")
+    return parse_recipe({"name": "test", "stages": [{**told, **more}]}).stages[0]
+
+
+def _square(colour: str, number: int) -> tuple[Image.Image, list[float]]:
+    width, height = 40, 24 + 4 * (number % 3)
+    left, side = 10 + 2 * (number % 5), 10
+    picture = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(picture).rectangle((left, 4, left + side, 4 + side), fill=colour)
+    return picture, [left / width, 4 / height, (left + side) / width, (4 + side) / height]
