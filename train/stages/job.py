@@ -220,7 +220,7 @@ def _conversations(ctx: JobContext, answered: Sequence[AnySample]) -> Json:
     counts = (ctx.train.quantize.calibration_samples, ctx.train.verify.samples)
     wanted = sum(counts)
     step = max(1, len(answered) // wanted)
-    rows = [found for one in answered[: step * wanted : step] if (found := _reference(one)) is not None]
+    rows = [row for one in answered[: step * wanted : step] if (row := _reference(one)) is not None]
     others = [calibration.of_completion(one) for one in recent(ctx, wanted) if one.finished and one.choices]
     found = [*rows, *others]
     checked = found[counts[0] :][: counts[1]]

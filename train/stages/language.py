@@ -50,6 +50,7 @@ class LanguageTask:
         self.plan = self._plan(stage)
         self._packed = stage.packing
         self._collate = PackedCollator(encoder, applied.model) if stage.packing else SupervisedCollator(encoder)
+        applied.model.register_forward_hook(_anchored)
         self._keeps = "logits_to_keep" in inspect.signature(applied.model.forward).parameters
 
     def groups(self, model: Any) -> list[dict[str, Any]]:
@@ -99,6 +100,17 @@ class LanguageTask:
             return plan(stage, kept, pack=lambda number: _packs(stage, kept, lengths, number))
         by_number = dict(zip(kept, lengths, strict=True))
         return plan(stage, kept, lengths=by_number if stage.group_by_length else None)
+
+
+def _anchored(model: Any, args: Any, output: Any) -> Any:
+    """Text alone, where only the tower or the aligner trains, has no gradient: it is given one of zeros.
+
+    Inside the model's forward, because that is where DistributedDataParallel looks for what was used.
+    """
+    if torch.is_grad_enabled() and not output.logits.requires_grad:
+        nothing = 0.0 * next(p for p in model.parameters() if p.requires_grad).sum()
+        output.logits = output.logits + (nothing.full_tensor() if hasattr(nothing, "full_tensor") else nothing)
+    return output
 
 
 def _packs(stage: RecipeStage, kept: list[int], lengths: list[int], number: int) -> list[Unit]:

@@ -55,6 +55,11 @@ def train_supervised(run: StageRun, listener: Listener) -> Json:
     started = time.monotonic()
     processor = load_processor(run.master)
     data = read_data(run)
+    pictured = any(isinstance(one, VisionSample) or bool(one.images) for one in data)
+    if not pictured and not run.stage.policies["language_model"].trains:
+        raise TrainingError(
+            f"stage {run.stage.name!r} trains what reads pictures, and no picture is in its data", code="no_data"
+        )
     measured = measure_data(run, processor, data, listener)
     transformers.set_seed(run.stage.seed)
     applied = _load(run)
@@ -74,7 +79,7 @@ def train_supervised(run: StageRun, listener: Listener) -> Json:
     trainer.train(resume_from_checkpoint=_resume(run))
     if watch.stopped is not None:
         raise watch.stopped
-    _save(run, applied, trainer, data)
+    _save(run, applied, trainer, pictured)
     if not trainer.args.should_log:
         return {}  # only the first process hears of steps
     told = report(run.stage, log.steps, applied, time.monotonic() - started)
@@ -185,11 +190,11 @@ def _require_covered(applied: Applied, optimizer: Any) -> None:
     applied.require_covered(SimpleNamespace(param_groups=groups))
 
 
-def _save(run: StageRun, applied: Applied, trainer: StageTrainer, data: MixedData) -> None:
+def _save(run: StageRun, applied: Applied, trainer: StageTrainer, pictured: bool) -> None:
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if not sharded:  # shards cannot be hashed; their frozen tensors have no gradient and no optimiser
-        applied.require_frozen(pictures=any(isinstance(one, VisionSample) or bool(one.images) for one in data))
+        applied.require_frozen(pictures=pictured)
     if trainer.args.should_save:
         policies = {module: policy.record() for module, policy in applied.policies.items()}
         save_delta(applied.model, run.folder / DELTA, policies, state=state)

@@ -50,9 +50,12 @@ class StageRun:
     def from_json(cls, told: Json) -> StageRun:
         """The run that `to_json` told."""
         paths = ("master", "folder", "accelerate_config", "serving")
-        values = {name: Path(value) if name in paths and value else value for name, value in told.items()}
+        values: dict[str, Any] = {
+            name: Path(value) if name in paths and value else value for name, value in told.items()
+        }
         deltas = tuple(Path(one) for one in told["deltas"])
-        return cls(**{**values, "deltas": deltas, "stage": RecipeStage.model_validate(told["stage"])})
+        values |= {"deltas": deltas, "stage": RecipeStage.model_validate(told["stage"])}
+        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class StageTrainer(transformers.Trainer):
         self.task = task
         self._plan = plan
         self._sources: list[str] = []
+        self.optimizer: torch.optim.Optimizer | None = None
         self._micro_batch = stage.micro
         super().__init__(model=task.model, args=arguments(stage, plan, out, **options), callbacks=[watch])
         watch.trainer = self

@@ -165,6 +165,22 @@ def test_an_interrupted_stage_goes_on_exactly(tiny_vlm: Path, data: Path, tmp_pa
     assert same(trained(tmp_path / "cut"), trained(tmp_path / "whole"))
 
 
+def test_text_alone_teaches_an_aligner_nothing_and_stops_nothing(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    """Micro-batches of one: every third has no picture, so that no gradient can come from it."""
+    one = stage(data, "align", steps=3, micro_batch_size=1)
+    whole = stage(data, "align", steps=3, micro_batch_size=4)
+    _, steps = run(tiny_vlm, one, tmp_path / "one")
+    _, expected = run(tiny_vlm, whole, tmp_path / "four")
+    assert [step.loss for step in steps] == pytest.approx([step.loss for step in expected], abs=1e-5)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "conversations.jsonl").write_text(
+        (data / "conversations.jsonl").read_text().splitlines()[0] + "\n"
+    )
+    alone = stage(tmp_path / "text", "align", steps=1, batch_size=1, micro_batch_size=1)
+    with pytest.raises(TrainingError, match="stage 'one' trains what reads pictures, and no picture is in its data"):
+        run(tiny_vlm, alone, tmp_path / "alone")
+
+
 def test_checkpoints_hold_what_trains_and_no_more(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
     run(tiny_vlm, stage(data, "align", steps=5, checkpoint_every=2), tmp_path)
     kept = sorted((tmp_path / "checkpoints").iterdir())

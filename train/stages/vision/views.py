@@ -40,7 +40,7 @@ class Views:
     def __init__(self, model: Any, architecture: Architecture, processor: Any) -> None:
         self._config = model.config
         self._tower = tower_of(model, architecture)
-        self._images = getattr(processor, "image_processor", None)
+        self._images: Any = getattr(processor, "image_processor", None)
         if self._images is None:
             raise TrainingError(f"{type(processor).__name__} has no image processor", code="no_processor")
 
