@@ -167,15 +167,24 @@ class StageWatch(transformers.TrainerCallback):
             self._metrics[name].append(value)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A new optimiser step."""
-        self._check()
+        """A new optimiser step. Nothing of it has happened yet, so a machine that is asked to stop can still save."""
+        try:
+            self._check()
+        except LeaseLost as stop:
+            if stop.code == SHUTDOWN and self.trainer is not None and state.global_step:
+                self.trainer.save_now()
+            raise
         self._began = time.monotonic()
         if self.trainer is not None:
             self.trainer.begin_step()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A micro-batch that is not the step's last."""
-        self._check()
+        """A micro-batch that is not the step's last. A machine that is asked to stop ends its step first."""
+        try:
+            self._check()
+        except LeaseLost as stop:
+            if stop.code != SHUTDOWN:
+                raise
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A machine that is asked to stop keeps what it has learnt; any other reason ends the work at once."""

@@ -211,14 +211,18 @@ def stopper(code: str, calls: int) -> Callable[[], None]:
     return check
 
 
-def test_a_machine_that_stops_in_order_keeps_its_last_step(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["its start", "between", "its end"])
+def test_a_machine_that_stops_in_order_keeps_its_last_step(
+    tiny_vlm: Path, data: Path, tmp_path: Path, moment: str
+) -> None:
+    """The samples are measured, one check each; then a step checks at its start, between micro-batches, at its end."""
     one = stage(data, "align", steps=4)
     whole = tmp_path / "whole"
     run(tiny_vlm, one, whole)
     begun: list[Step] = []
-    steps = 12 + 2 * 3  # the samples are measured; then three checks a step: at its start, between, and at its end
+    calls = 12 + {"its end": 2 * 3, "between": 3 + 2, "its start": 2 * 3 + 1}[moment]
     with pytest.raises(LeaseLost, match="stop"):
-        run(tiny_vlm, one, tmp_path / "cut", on_step=begun.append, check=stopper("shutdown", steps))
+        run(tiny_vlm, one, tmp_path / "cut", on_step=begun.append, check=stopper("shutdown", calls))
     assert [step.step for step in begun] == [1, 2]
     _, rest = run(tiny_vlm, one, tmp_path / "cut")
     assert [step.step for step in rest] == [3, 4]
