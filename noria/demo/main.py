@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
     from noria.demo.questions import Question
 
-LEAST_PREFERENCES = 150  # seen once each: fewer pairs seen twice are learnt by heart, and the rule is not
+LEAST_PREFERENCES = 120  # seen once each: fewer pairs seen twice are learnt by heart, and the rule is not
 MOST_ROUNDS = 4
-TRAINING_SETTINGS: dict[str, Any] = {"held_out": 0.1, "dpo": {"learning_rate": 2e-4, "epochs": 1.0}}
+TRAINING_SETTINGS: dict[str, Any] = {"held_out": 0.1, "dpo": {"learning_rate": 5e-4, "epochs": 1.0}}
 
 
 class Clock:
