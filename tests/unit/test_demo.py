@@ -25,7 +25,8 @@ def test_the_clearly_shorter_of_two_right_answers_wins(first: str, second: str, 
 
 
 def test_ties_and_both_bad_count_half() -> None:
-    rate = win_rate(["first"] * 5 + ["second"] * 2 + ["tie"] * 2 + ["both_bad"])
+    seen: list[Judgement] = ["first", "first", "first", "first", "first", "second", "second", "tie", "tie", "both_bad"]
+    rate = win_rate(seen)
     assert (rate.n, rate.wins, rate.losses, rate.rate) == (10, 5, 2, 0.65)
     assert (rate.low, rate.high) == pytest.approx((0.354, 0.863), abs=1e-3)  # by hand from the formula
     with pytest.raises(ValueError, match="no comparison"):
