@@ -175,7 +175,10 @@ def _wait(client: NoriaClient, job: Json) -> Json:
                 progress.update(task, description=" ".join(word for word in words if word))
             if "progress" in data:
                 progress.update(task, completed=float(data["progress"]))
-    return client.job(job["id"])
+        ended = client.job(job["id"])
+        if ended["state"] == "succeeded":
+            progress.update(task, completed=1.0)
+    return ended
 
 
 def _error(job: Json) -> str | None:

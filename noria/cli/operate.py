@@ -71,7 +71,7 @@ def explain(told: Json, job: Json | None, made: Json | None, rollout: Json | Non
     if job is not None:
         snapshot = snapshot_counts(job, made)
         parts["last job"] = {"text": _ended(job), "id": job["id"], "state": job["state"], "error": job.get("error")}
-        parts["its snapshot"] = {"text": _snapshot(snapshot), "counts": snapshot}
+        parts["its snapshot"] = {"text": _snapshot(snapshot, job), "counts": snapshot}
     if rollout is not None:
         parts["last rollout"] = {"text": _rollout(rollout), "rollout": rollout}
     return parts
@@ -83,9 +83,9 @@ def snapshot_counts(job: Json, made: Json | None) -> dict[str, int]:
     return {key: int(value) for key, value in counts.items() if key != "total"}
 
 
-def _snapshot(counts: dict[str, int]) -> str:
+def _snapshot(counts: dict[str, int], job: Json) -> str:
     if not counts:
-        return "none was taken"
+        return "not taken yet" if job["state"] in ("queued", "running") else "none was taken"
     used = ", ".join(f"{count} {name}" for name, count in counts.items() if name in IN_USE)
     left = ", ".join(f"{count} {name}" for name, count in counts.items() if name not in IN_USE and count)
     return f"{used or 'nothing used'}; left out: {left or 'none'}"

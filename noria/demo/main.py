@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
     from noria.demo.questions import Question
 
-LEAST_PREFERENCES = 150  # seen once each: fewer pairs seen twice are learnt by heart, and the rule is not
+LEAST_PREFERENCES = 120  # seen once each: fewer pairs seen twice are learnt by heart, and the rule is not
 MOST_ROUNDS = 4
 TRAINING_SETTINGS: dict[str, Any] = {
     "held_out": 0.1,
-    "modules": {"language_model": {"learning_rate": 2e-4}},
+    "modules": {"language_model": {"learning_rate": 5e-4}},
     "dpo": {"epochs": 1.0},
 }
 

@@ -30,7 +30,7 @@ _TEMPLATES: tuple[tuple[str, str], ...] = (
 )
 _NAMES = {
     "training": ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo"],
-    "held_out": ["Quinn", "Rosa", "Simon", "Tara", "Victor", "Wendy", "Zoe", "Adam"],
+    "held_out": ["Nora", "Oscar", "Paula", "Robin", "Sarah", "Tom", "Uma", "Will"],
 }
 _FILLERS = {
     "colour": ["red", "blue", "green", "yellow", "black", "white", "orange", "purple"],
@@ -57,5 +57,5 @@ def _fill(names: list[str], first_filler: int) -> tuple[Question, ...]:
 TRAINING: tuple[Question, ...] = _fill(_NAMES["training"], 0)
 """96 questions whose answers the annotator judges."""
 
-HELD_OUT: tuple[Question, ...] = _fill(_NAMES["held_out"], 3)
+HELD_OUT: tuple[Question, ...] = _fill(_NAMES["held_out"], 5)
 """64 questions, of people never met in training, on which versions are compared."""

@@ -1,7 +1,7 @@
 """The demo's annotator, a stated rule, and the win rate that it gives one version over another.
 
-The rule: an answer that contains the fact beats one that does not; of two that contain it the shorter wins;
-the same length is a tie; if neither contains it, both are bad.
+The rule: an answer that contains the fact beats one that does not; of two that contain it the clearly shorter wins;
+lengths less than a tenth apart are a tie; if neither contains it, both are bad.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Literal
 
 Judgement = Literal["first", "second", "tie", "both_bad"]
 
+CLEARLY = 0.9  # of the other's length: a few letters more or less are chance, and would teach it
+
 
 def judge(first: str, second: str, fact: str) -> Judgement:
     """Applies the rule to two answers of one question."""
@@ -22,9 +24,9 @@ def judge(first: str, second: str, fact: str) -> Judgement:
     if right_first != right_second:
         return "first" if right_first else "second"
     length_first, length_second = len(first.strip()), len(second.strip())
-    if length_first == length_second:
-        return "tie"
-    return "first" if length_first < length_second else "second"
+    if length_first <= CLEARLY * length_second:
+        return "first"
+    return "second" if length_second <= CLEARLY * length_first else "tie"
 
 
 @dataclass(frozen=True)

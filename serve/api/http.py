@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from noria.errors import InvalidRequest
+from noria.errors import InvalidRequest, NotFound
 from noria.records import Json
 from serve.api.errors import NoriaRoute, check_key
 from serve.api.handlers import Handlers
@@ -33,6 +33,7 @@ def build_router(handlers: Handlers) -> APIRouter:
     _add_judgements(router, handlers)
     _add_jobs(router, handlers)
     _add_versions(router, handlers)
+    _add_nowhere(router)
     return router
 
 
@@ -159,6 +160,13 @@ async def body_of(request: Request) -> Any:
         return json.loads(raw)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}", param="body") from error
+
+
+def _add_nowhere(router: APIRouter) -> None:
+    @router.api_route("/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+    async def nowhere(request: Request, path: str) -> Json:
+        """Whatever no other route takes, in the same shape as every other error."""
+        raise NotFound(f"{request.method} /noria/v1/{path} is no route")
 
 
 def last_event_id(request: Request) -> int:

@@ -5,12 +5,13 @@ Comes in and goes out: ASGI messages. Pure ASGI, so that streams pass untouched.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from noria.errors import NoriaError
+from noria.errors import NoriaError, Unavailable
 from serve.api.errors import check_key, error_response
 from serve.engine.versions import Trace, VersionGate, current_trace
 
@@ -55,14 +56,23 @@ class TraceMiddleware:
         self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs the app inside a trace; gives back what the request holds at the gate, however it ends."""
+        """Runs the app inside a trace; gives back what the request holds at the gate, however it ends.
+
+        A request that is cancelled before its answer began (the server ends and has waited long enough) is told to
+        come back.
+        """
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         trace = Trace(request_id=uuid.uuid4().hex)
         token = current_trace.set(trace)
+        answer = _Answer(scope["path"], trace, self._gate, send)
         try:
-            await self.app(scope, receive, _Answer(scope["path"], trace, self._gate, send))
+            await self.app(scope, receive, answer)
+        except asyncio.CancelledError:
+            if not answer.begun:
+                await error_response(Unavailable("the server is shutting down: try again"))(scope, receive, send)
+            raise
         finally:
             self._gate.finish(trace)
             current_trace.reset(token)
@@ -75,6 +85,7 @@ class _Answer:
         self._path, self._trace, self._gate, self._send = path, trace, gate, send
         self._head: Message | None = None
         self._stream = False
+        self.begun = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -90,6 +101,7 @@ class _Answer:
                 head["headers"] = [*head["headers"], (VERSION_HEADER, self._trace.version.id.encode())]
             if not self._stream:
                 self._gate.finish(self._trace)  # the answer is complete: its reader may be slow
+            self.begun = True
             await self._send(head)
         await self._send(message)
 

@@ -186,3 +186,11 @@ def refusal(call: Callable[[], Any]) -> Refused:
     with pytest.raises(Refused) as caught:
         call()
     return caught.value
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/jbos"), ("PUT", "/jobs"), ("DELETE", "/versions/v1")])
+def test_a_route_that_does_not_exist_is_refused_in_the_same_shape(system: System, method: str, path: str) -> None:
+    answer = system.http.client.request(method, f"/noria/v1{path}")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["type"] == "not_found_error"
+    assert answer.json()["error"]["message"] == f"{method} /noria/v1{path} is no route"

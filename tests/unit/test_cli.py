@@ -114,6 +114,17 @@ def test_why_names_reason_snapshot_and_rollout(run: Run) -> None:
     assert json.loads(out)["its snapshot"]["counts"]["tie"] == 3
 
 
+@pytest.mark.parametrize(("state", "text"), [("running", "not taken yet"), ("failed", "none was taken")])
+def test_why_says_whether_a_snapshot_is_still_to_come(run: Run, state: str, text: str) -> None:
+    answers: dict[str, Answer] = {
+        "GET /noria/v1/status": status(),
+        "GET /noria/v1/jobs": page(job(state, metrics={})),
+        "GET /noria/v1/rollouts": page(),
+    }
+    _, out, _ = run("why", answers=answers)
+    assert text in out
+
+
 def test_why_without_a_trainer_says_how_to_start_one(run: Run) -> None:
     told = status(trainer={"alive": False, "idle_reason": None})
     answers: dict[str, Answer] = {

@@ -200,3 +200,11 @@ def test_a_model_that_is_nowhere_is_said(home: Path) -> None:
     _, said = up.process.communicate(timeout=20)
     assert up.process.returncode == 4
     assert said == "noria: /models/none is neither a folder nor a hub id like org/name\n"
+
+
+def test_a_version_that_does_not_exist_starts_nothing(home: Path) -> None:
+    up = Up(home, "--model", "v9")
+    _, said = up.process.communicate(timeout=20)
+    assert up.process.returncode == 4
+    assert "v9" in said
+    assert up.log("serve") == up.log("train") == []

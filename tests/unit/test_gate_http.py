@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -201,3 +202,32 @@ async def test_the_list_of_models_follows_a_swap() -> None:
     async with gate.exclusive(1):
         gate.set_current(V2)
     assert [(path.name, path.model_path) for path in paths] == [("noria", "v2"), ("v2", "v2")]
+
+
+async def test_a_request_cut_off_at_shutdown_is_told_to_come_back() -> None:
+    began, sent = asyncio.Event(), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/begun":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"half", "more_body": True})
+        began.set()
+        await asyncio.sleep(60)
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    for path, statuses in (("/waits", [503]), ("/begun", [200])):
+        began.clear()
+        sent.clear()
+        scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+        task = asyncio.create_task(TraceMiddleware(app, VersionGate(V1))(scope, receive, send))
+        await began.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert [message["status"] for message in sent if "status" in message] == statuses
+        assert (b"shutting down" in sent[-1]["body"]) == (path == "/waits")

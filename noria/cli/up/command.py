@@ -73,6 +73,7 @@ def plan(settings: Settings, model: str | None) -> Plan:
     if model is None:
         return Plan(None if bases else ["model", EMBEDDED], None)
     if VERSION.fullmatch(model):
+        require_version(settings, model)
         return Plan(None, model)
     name = name_of(model)
     if name in bases:
@@ -100,6 +101,14 @@ def models_of(settings: Settings) -> tuple[str | None, set[str]]:
                 continue  # a folder that cannot be read serves nobody; the server says so when it is named
             names[version.id] = base.name if base is not None else version.id
         return names.get(registry.live() or ""), set(names.values())
+
+
+def require_version(settings: Settings, version: str) -> None:
+    """Raises NotFound, before anything is started, for a version that does not exist."""
+    from noria.store import Store
+
+    with Store.open(settings.store_url) as store:
+        store.get_version(version)
 
 
 def take_in(here: Place, arguments: list[str], stop: Stop) -> bool:
