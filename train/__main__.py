@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from noria.errors import NoriaError, wire_of
 from noria.settings import Settings, load_settings
 
-USAGE = """usage: python -m train             run the trainer daemon
-       python -m train run ...     train by a recipe
-       python -m train model ...   add a model
+USAGE = """usage: python -m train            run the trainer daemon
+       python -m train run ...    train by a recipe
+       python -m train model ...  add a model
 """
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -43,7 +45,8 @@ def main(settings: Settings, argv: Sequence[str]) -> int:
         trainer.heartbeat.work(job.id)
         trainer.heartbeat.start()
         try:
-            outcome = trainer.work(job)
+            with _quiet_stdout():
+                outcome = trainer.work(job)
         finally:
             trainer.heartbeat.stop()
         return _told(store.get_job(job.id), outcome, as_json=asked.json)
@@ -106,6 +109,20 @@ def _raise_ended(job: Job, outcome: str) -> None:
     if outcome != "succeeded":
         more = {"released": "; `noria train run --resume` goes on with it", "lost": " by another trainer"}
         raise Conflict(f"job {job.id} was {outcome} at stage {job.stage}{more.get(outcome, '')}")
+
+
+@contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Libraries greet on standard output (gptqmodel 7.6 does, from several processes); here it is for the result."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 class _Stopper:

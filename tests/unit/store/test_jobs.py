@@ -47,6 +47,23 @@ def test_one_job_runs_at_a_time_and_the_oldest_goes_first(store: Store) -> None:
     assert [one.id for one in store.list_jobs(limit=1)] == [second.id]
 
 
+def test_a_job_can_start_as_its_makers_when_no_other_is_open(store: Store, clock: Clock) -> None:
+    job = store.start_job("recipe", {"recipe": {"name": "a"}}, "direct", "a", 60)
+    assert (job.state, job.owner, job.attempt, job.lease_until) == ("running", "a", 1, clock.now + 60)
+    assert (job.method, job.settings, job.rollout) == ("recipe", {"recipe": {"name": "a"}}, "direct")
+    assert [event.data["state"] for event in store.events(job.id)] == ["queued", "running"]
+    with pytest.raises(Conflict, match=rf"job {job.id} \(recipe\) is running, and one job runs at a time"):
+        store.start_job("recipe", {}, "none", "b", 60)
+    clock.now += 61
+    with pytest.raises(Conflict, match=rf"job {job.id} \(recipe\) was left by its trainer"):
+        store.start_job("recipe", {}, "none", "b", 60)
+    store.request_cancel(job.id)
+    waiting = store.create_job("dpo")
+    with pytest.raises(Conflict, match=rf"job {waiting.id} \(dpo\) is queued"):
+        store.start_job("recipe", {}, "none", "b", 60)
+    assert [one.id for one in store.list_jobs()] == [waiting.id, job.id]
+
+
 def test_a_dead_trainers_job_goes_on_with_its_finished_stages(store: Store, clock: Clock) -> None:
     job = running(store)
     store.finish_stage(job.id, "a", "snapshot", {"snapshot": "snap_1"})
