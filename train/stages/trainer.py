@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -188,13 +189,8 @@ class StageWatch(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A machine that is asked to stop keeps what it has learnt; any other reason ends the work at once."""
-        try:
+        with self._stopping(control):
             self._check()
-        except LeaseLost as stop:
-            if stop.code != SHUTDOWN:
-                raise
-            self.stopped = stop
-            control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Every step logs once; the summary at the end has no `loss`."""
@@ -205,18 +201,29 @@ class StageWatch(transformers.TrainerCallback):
         self._metrics.clear()
         if not state.is_world_process_zero:
             return
-        self._on_step(
-            Step(
-                step=int(state.global_step),
-                steps=int(state.max_steps),
-                loss=float(logs["loss"]),
-                grad_norm=float(logs.get("grad_norm", 0.0)),
-                learning_rate=float(logs.get("learning_rate", 0.0)),
-                tokens=tokens,
-                seconds=round(time.monotonic() - self._began, 4),
-                metrics={name: round(value, 6) for name, value in figures.items()},
-            )
+        step = Step(
+            step=int(state.global_step),
+            steps=int(state.max_steps),
+            loss=float(logs["loss"]),
+            grad_norm=float(logs.get("grad_norm", 0.0)),
+            learning_rate=float(logs.get("learning_rate", 0.0)),
+            tokens=tokens,
+            seconds=round(time.monotonic() - self._began, 4),
+            metrics={name: round(value, 6) for name, value in figures.items()},
         )
+        with self._stopping(control):  # who hears of a step may say stop, too
+            self._on_step(step)
+
+    @contextmanager
+    def _stopping(self, control: Any) -> Iterator[None]:
+        """The step is done: a machine that is asked to stop saves it first, and the training ends after."""
+        try:
+            yield
+        except LeaseLost as stop:
+            if stop.code != SHUTDOWN:
+                raise
+            self.stopped = stop
+            control.should_save = control.should_training_stop = True
 
 
 def arguments(stage: RecipeStage, plan: Plan, out: Path, **options: Any) -> transformers.TrainingArguments:

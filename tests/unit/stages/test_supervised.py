@@ -229,6 +229,17 @@ def test_a_machine_that_stops_in_order_keeps_its_last_step(
     assert same(trained(tmp_path / "cut"), trained(whole))
 
 
+def test_who_hears_of_a_step_may_stop_the_machine(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    def stop(step: Step) -> None:
+        if step.step == 2:
+            raise LeaseLost("stop", code="shutdown")
+
+    with pytest.raises(LeaseLost, match="stop"):
+        run(tiny_vlm, stage(data, "align"), tmp_path, on_step=stop)
+    _, rest = run(tiny_vlm, stage(data, "align"), tmp_path)
+    assert [step.step for step in rest] == [3, 4]
+
+
 def test_cancelling_stops_between_micro_batches(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(LeaseLost):
         run(tiny_vlm, stage(data, "align"), tmp_path, check=stopper("cancelled", 12 + 2))
