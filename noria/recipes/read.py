@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from noria.errors import NotFound, SettingsError
 from noria.recipes.schema import DataSource, Recipe
 
-BUILT_IN = ("scenes", "digits", "photos")  # sources that Noria draws or carries: never a path
+BUILT_IN = ("scenes", "digits", "photos", "text")  # sources that Noria draws or carries: never a path
 
 
 def load_recipe(path: Path) -> Recipe:

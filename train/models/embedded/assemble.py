@@ -19,15 +19,25 @@ from train.export.checkpoint import NewTensor, write_file
 from train.export.gptq_format import to_new
 from train.models.embedded.chatml import CHAT_TEMPLATE, build_tokenizer
 from train.models.embedded.gguf_llama import GgufLlama, LlamaSizes
+from train.models.embedded.tower import (
+    HIDDEN_ACT,
+    ONES,
+    PATCH_SIZE,
+    PATCHES,
+    PICTURE_SIZE,
+    TOWER_HEADS,
+    TOWER_LAYERS,
+    TOWER_WIDTH,
+    made_tensors,
+    random_shapes,
+)
 
 if TYPE_CHECKING:
     import torch
 
-PICTURE_SIZE, PATCH_SIZE, TOWER_WIDTH, TOWER_LAYERS, TOWER_HEADS = 96, 16, 192, 6, 3
-PATCHES = (PICTURE_SIZE // PATCH_SIZE) ** 2
 _VOCAB_MULTIPLE = 64
 _END_ID, _START_ID, _TURN_END_ID = 0, 1, 2  # the ids of the three tokens in SmolLM2's vocabulary
-_TOWER, _ALIGNER = "vision_tower.vision_model.", "multi_modal_projector."
+_ALIGNER = "multi_modal_projector."
 _LINE_BREAK = "Ċ"  # how byte-level BPE writes it
 _NOISE = 0.25  # the picture's part of the aligner's output, in standard deviations of a word embedding
 
@@ -49,7 +59,8 @@ def assemble(gguf: Path, out: Path, progress: Callable[[float], None]) -> None:
             weight = _with_new_rows(weight, vocab)
         tensors.append(to_new(f"language_model.model.{name}", weight.to(torch.bfloat16)))
         progress(0.9 * done / count)
-    for name, shape, std in _random_shapes(sizes.hidden, _NOISE * float(embedding.std())):
+    tensors += [to_new(name, value.to(torch.bfloat16)) for name, value in made_tensors().items()]
+    for name, shape, std in [*random_shapes(), *_aligner_shapes(sizes.hidden, _NOISE * float(embedding.std()))]:
         tensors.append(to_new(name, _random(name, shape, std).to(torch.bfloat16)))
     line_break = embedding[source.tokens.index(_LINE_BREAK)]
     tensors.append(to_new(f"{_ALIGNER}linear_2.bias", line_break.to(torch.bfloat16)))
@@ -67,34 +78,19 @@ def _with_new_rows(weight: torch.Tensor, vocab: int) -> torch.Tensor:
     return torch.cat([weight, weight.mean(0, keepdim=True).expand(vocab - weight.shape[0], -1)])
 
 
-def _random_shapes(hidden: int, output_std: float) -> list[tuple[str, tuple[int, ...], float]]:
-    """Tensors of tower and aligner but the last bias: name, shape, standard deviation (0 for biases, -1 for ones)."""
-    width, inner = TOWER_WIDTH, 4 * TOWER_WIDTH
-    rows: list[tuple[str, tuple[int, ...], float]] = [
-        (_TOWER + "embeddings.class_embedding", (width,), 1.0),
-        (_TOWER + "embeddings.patch_embedding.weight", (width, 3, PATCH_SIZE, PATCH_SIZE), (3 * PATCH_SIZE**2) ** -0.5),
-        (_TOWER + "embeddings.position_embedding.weight", (PATCHES + 1, width), 0.2),
+def _aligner_shapes(hidden: int, output_std: float) -> list[tuple[str, tuple[int, ...], float]]:
+    """The aligner's tensors but its last bias: name, shape, standard deviation (0 for zeros)."""
+    return [
+        (f"{_ALIGNER}linear_1.weight", (hidden, TOWER_WIDTH), TOWER_WIDTH**-0.5),
+        (f"{_ALIGNER}linear_1.bias", (hidden,), 0.0),
+        (f"{_ALIGNER}linear_2.weight", (hidden, hidden), output_std * hidden**-0.5),
     ]
-    norms = [_TOWER + "pre_layrnorm", _TOWER + "post_layernorm"]
-    linears: list[tuple[str, int, int, float]] = []
-    for layer in range(TOWER_LAYERS):
-        prefix = f"{_TOWER}encoder.layers.{layer}."
-        norms += [prefix + "layer_norm1", prefix + "layer_norm2"]
-        linears += [(f"{prefix}self_attn.{side}_proj", width, width, width**-0.5) for side in ("q", "k", "v", "out")]
-        linears += [(prefix + "mlp.fc1", inner, width, width**-0.5), (prefix + "mlp.fc2", width, inner, inner**-0.5)]
-    linears.append((f"{_ALIGNER}linear_1", hidden, TOWER_WIDTH, TOWER_WIDTH**-0.5))
-    rows.append((f"{_ALIGNER}linear_2.weight", (hidden, hidden), output_std * hidden**-0.5))
-    for norm in norms:
-        rows += [(norm + ".weight", (width,), -1.0), (norm + ".bias", (width,), 0.0)]
-    for name, outputs, inputs, std in linears:
-        rows += [(name + ".weight", (outputs, inputs), std), (name + ".bias", (outputs,), 0.0)]
-    return rows
 
 
 def _random(name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
     import torch
 
-    if std < 0:
+    if std == ONES:
         return torch.ones(shape)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std
@@ -122,7 +118,7 @@ def _config(sizes: LlamaSizes, vocab: int) -> Json:
             "image_size": PICTURE_SIZE,
             "patch_size": PATCH_SIZE,
             "projection_dim": TOWER_WIDTH,
-            "hidden_act": "gelu",
+            "hidden_act": HIDDEN_ACT,
         },
     }
 
