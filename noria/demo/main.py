@@ -165,7 +165,8 @@ def _retrain(noria: NoriaClient, clock: Clock, console: Console) -> tuple[dict[s
             label = f"job: {stages[-1][0]}" if stages else "job: waiting for the trainer"
             share = data.get("progress")
             progress.update(task, description=label, completed=None if share is None else 100 * share)
-    ended = noria.job(job["id"])
+        ended = noria.job(job["id"])
+        progress.update(task, completed=100 if ended["state"] == "succeeded" else None)
     if ended["state"] != "succeeded":
         raise TrainingError(f"job {ended['id']} {ended['state']} at stage {ended['stage']}: {ended['error']}")
     stages.append(("end", ended["finished_at"]))
