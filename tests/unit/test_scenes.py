@@ -19,13 +19,14 @@ from noria.scenes import SETS, draw, held_out_questions, is_made, rows
 from noria.scenes.drawn.questions import LEFT_RIGHT, ask, caption
 from noria.scenes.drawn.scene import CLEAR, KINDS, Scene, read_scene, scene_ref
 from noria.scenes.drawn.words import (
+    BACKGROUNDS,
     COLOURS,
     DIGITS,
-    HELD_OUT_DIGITS,
-    HELD_OUT_SHAPES,
     SHAPES,
     SIZES,
+    Look,
     digit_looks,
+    is_held_out,
     shape_looks,
 )
 from noria.scenes.handwriting import read_digit, rows_of
@@ -75,23 +76,21 @@ def test_a_reference_that_names_nothing_is_refused(ref: str) -> None:
 
 def test_held_out_combinations_never_occur_in_training() -> None:
     for kind in KINDS:
-        held = HELD_OUT_DIGITS if kind == "digit" else HELD_OUT_SHAPES
         for split, expected in (("train", False), ("held_out", True)):
             for scene in scenes(split, kind, 300):
-                assert {(thing.colour, thing.word, thing.size) in held for thing in scene.things} == {expected}
+                looks = [Look(thing.colour, thing.word, thing.size) for thing in scene.things]
+                assert {is_held_out(look, scene.background) for look in looks} == {expected}
 
 
 def test_every_word_is_seen_in_training_and_asked_afterwards() -> None:
-    for split in ("train", "held_out"):
-        for looks, words in ((shape_looks(split), SHAPES), (digit_looks(split), DIGITS)):
+    for looks_of, words in ((shape_looks, SHAPES), (digit_looks, DIGITS)):
+        for split in ("train", "held_out"):
+            looks = {look for background in BACKGROUNDS for look in looks_of(split, background)}
             assert {look.colour for look in looks} == set(COLOURS)
             assert {look.word for look in looks} == set(words)
             assert {look.size for look in looks} == set(SIZES)
-
-
-def test_training_sees_every_pair_of_words() -> None:
-    for looks, words in ((shape_looks("train"), SHAPES), (digit_looks("train"), DIGITS)):
-        assert {(look.colour, look.word) for look in looks} == set(itertools.product(COLOURS, words))
+        trained = {look for background in BACKGROUNDS for look in looks_of("train", background)}
+        assert trained == {Look(*words) for words in itertools.product(COLOURS, words, SIZES)}
 
 
 def test_things_lie_inside_the_picture_and_apart() -> None:

@@ -77,8 +77,9 @@ def read_scene(ref: str) -> Scene:
     split, kind = parts[0], parts[1]
     scene_ref(split, kind, int(parts[2]), int(parts[3]))
     rng = random.Random(ref)  # noqa: S311 - drawn pictures, no secret; a str seeds by SHA-512, the same everywhere
-    things = _things(rng, split, kind)
-    return Scene(ref, split, kind, things, rng.choice(BACKGROUNDS), rng.getrandbits(32))
+    background = rng.choice(BACKGROUNDS)
+    looks = digit_looks(split, background) if kind == "digit" else shape_looks(split, background)
+    return Scene(ref, split, kind, _things(rng, looks, kind), background, rng.getrandbits(32))
 
 
 def side_of(thing: Thing, other: Thing) -> tuple[str, ...]:
@@ -91,17 +92,16 @@ def side_of(thing: Thing, other: Thing) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _things(rng: random.Random, split: str, kind: str) -> tuple[Thing, ...]:
+def _things(rng: random.Random, looks: tuple[Look, ...], kind: str) -> tuple[Thing, ...]:
     if kind == "digit":
-        return (_digit(rng, split),)
+        return (_digit(rng, rng.choice(looks)),)
     while True:  # looks that find no room are drawn again; small ones always find it
-        things = _placed(rng, _looks(rng, split, kind), apart=kind == "two")
+        things = _placed(rng, _chosen(rng, looks, kind), apart=kind == "two")
         if things is not None:
             return things
 
 
-def _looks(rng: random.Random, split: str, kind: str) -> list[Look]:
-    looks = shape_looks(split)
+def _chosen(rng: random.Random, looks: tuple[Look, ...], kind: str) -> list[Look]:
     first = rng.choice(looks)
     if kind == "one":
         return [first]
@@ -118,8 +118,7 @@ def _alike(one: Look, other: Look, in_what: str) -> bool:
     return {"both": same_word and same_colour, "shape": same_word, "colour": same_colour, "nothing": True}[in_what]
 
 
-def _digit(rng: random.Random, split: str) -> Thing:
-    look = rng.choice(digit_looks(split))
+def _digit(rng: random.Random, look: Look) -> Thing:
     radius = rng.uniform(*_DIGIT_RADIUS[look.size])
     x, y = (rng.uniform(radius + _GAP, 1 - radius - _GAP) for _ in range(2))
     return Thing(look.word, look.colour, look.size, x, y, radius, rng.gauss(0, 6))
