@@ -31,7 +31,7 @@ from noria.v1 import operator_pb2, operator_pb2_grpc
 SETTINGS = {
     "NORIA_TRAIN__MIN_PAIRS": "4",
     "NORIA_TRAIN__DPO__EPOCHS": "1",
-    "NORIA_TRAIN__DPO__LEARNING_RATE": "0.001",
+    "NORIA_TRAIN__MODULES__LANGUAGE_MODEL__LEARNING_RATE": "0.001",
     "NORIA_TRAIN__VERIFY__MAX_KL": "5",
     "NORIA_ENGINE__MAX_MODEL_LEN": "256",
     "NORIA_ENGINE__KV_CACHE_GIB": "0.5",
