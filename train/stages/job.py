@@ -24,7 +24,7 @@ from train.pipeline.context import REPORT_EVERY_S, JobContext
 from train.pipeline.files import link_tree, once, remove
 from train.pipeline.lineage import find_parent, live_version, require_disk
 from train.pipeline.prepare import parent_of, recent
-from train.stages.spec import CHECKPOINTS, DELTA, StageRun, Step
+from train.stages.spec import CHECKPOINTS, DELTA, StageRun, Step, base_of, precision_conflict
 
 if TYPE_CHECKING:
     from train.stages.run import Listener
@@ -242,7 +242,10 @@ def _reference(one: AnySample) -> Json | None:
 
 
 def _require_base(ctx: JobContext, recipe: Recipe) -> None:
-    """Raises Conflict for a 4-bit base that cannot be what the recipe trains on."""
+    """Raises Conflict for a 4-bit base that cannot be what the recipe trains on, or a precision that nothing obeys."""
+    for stage in recipe.stages:
+        if because := precision_conflict(stage, base_of(stage, ctx.train.base), ctx.train.accelerate_config):
+            raise Conflict(because, param="precision")
     if ctx.train.base == "master":
         return
     for stage in recipe.stages:

@@ -32,7 +32,12 @@ TRAINABLE = "trainable.safetensors"
 WHOLE = "whole"  # a checkpoint's last file: all processes have written theirs
 CHECKPOINT_EVERY = 100
 _KEPT_CHECKPOINTS = 2
-_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+_SCHEDULES = {
+    "constant": "constant_with_warmup",
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant-linear": "warmup_stable_decay",
+}
 
 
 class Task(Protocol):
@@ -230,12 +235,14 @@ def arguments(stage: RecipeStage, plan: Plan, out: Path, **options: Any) -> tran
     """The stage in transformers' words. Nothing is sent or printed by it; every step is logged to the callback."""
     cuda = torch.cuda.is_available()
     processes = options.pop("processes", 1)
+    falls = {"num_decay_steps": max(1, round(stage.decay * plan.steps)), "decay_type": "linear"}
     return transformers.TrainingArguments(
         output_dir=str(out),
         max_steps=plan.steps,
         per_device_train_batch_size=stage.micro,
         gradient_accumulation_steps=plan.per_step // processes,
         lr_scheduler_type=_SCHEDULES[stage.schedule or "cosine"],
+        lr_scheduler_kwargs=falls if stage.schedule == "constant-linear" else None,
         warmup_steps=stage.warmup_ratio if stage.warmup_ratio < 1 else 0.999,
         max_grad_norm=stage.max_grad_norm,
         seed=stage.seed,
