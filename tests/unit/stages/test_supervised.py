@@ -130,7 +130,7 @@ def test_the_tower_learns_alone_and_its_heads_are_gone(tiny_vlm: Path, data: Pat
     )
     told, steps = run(tiny_vlm, one, tmp_path)
     assert steps[-1].loss < 0.7 * steps[0].loss
-    assert told["task"] == {"labels": {"colour": ["blue", "green", "red"]}, "objects": ["blue", "green", "red"]}
+    assert told["task"] == {"labels": {"colour": ["blue", "green", "red"]}, "words": ["blue", "green", "red"]}
     assert {"accuracy/colour", "accuracy/patches", "iou"} <= set(told["curve"][-1])
     delta = trained(tmp_path)
     assert delta
@@ -293,8 +293,10 @@ def test_learning_rates_follow_the_schedule(tiny_vlm: Path, data: Path, tmp_path
     for schedule, expected in {
         "constant": [0.0, 5e-4, 1e-3, 1e-3],
         "linear": [0.0, 5e-4, 1e-3, 5e-4],
+        "constant-linear": [0.0, 1e-3, 1e-3, 5e-4],
     }.items():
-        one = stage(data, "align", schedule=schedule, warmup_ratio=0.5, modules=rates)
+        more = {"warmup_ratio": 0.25, "decay_ratio": 0.5} if schedule == "constant-linear" else {"warmup_ratio": 0.5}
+        one = stage(data, "align", schedule=schedule, modules=rates, **more)
         assert [step.learning_rate for step in run(tiny_vlm, one, tmp_path / schedule)[1]] == pytest.approx(expected)
 
 
