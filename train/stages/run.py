@@ -43,6 +43,7 @@ from train.stages.spec import (
 from train.stages.trainer import StageTrainer, StageWatch, last_checkpoint
 from train.stages.vision.task import VisionTask
 
+PICTURE_BYTES = 2 << 30  # 77 000 pictures of 96 by 96
 BAD_ROWS = 20  # told one by one in a report; all of them are counted
 
 
@@ -186,9 +187,15 @@ def _source(one: ReadReport) -> Json:
     return {"source": one.source, "format": one.format, "counts": one.counts, "sha256": one.sha256, "bad": bad}
 
 
-def image_loader(run: StageRun) -> ImageLoader:
-    """Pictures of every kind of reference, stored ones too."""
-    return ImageLoader(Blobs(run.blobs).get if run.blobs else None)
+def image_loader(run: StageRun, memory: int = 0) -> ImageLoader:
+    """Pictures of every kind of reference, stored ones too; `memory` is `ImageLoader`'s."""
+    return ImageLoader(Blobs(run.blobs).get if run.blobs else None, memory=memory)
+
+
+def picture_memory(processes: int) -> int:
+    """Bytes that a vision stage may fill with pixels: its steps are short, and drawing would be a fifth of them."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(PICTURE_BYTES, whole // 8) // processes
 
 
 class _Log:
@@ -230,10 +237,10 @@ def _base(run: StageRun) -> Base:
 def _task(
     run: StageRun, applied: Applied, processor: Any, data: MixedData, measured: Json
 ) -> LanguageTask | VisionTask:
-    load_image = image_loader(run)
     if run.stage.kind == "vision":
+        load_image = image_loader(run, picture_memory(run.processes))
         return VisionTask(applied, processor, cast("list[VisionSample]", data), load_image, run.stage)
-    return LanguageTask(applied, processor, cast("list[Sample]", data), load_image, run.stage, measured)
+    return LanguageTask(applied, processor, cast("list[Sample]", data), image_loader(run), run.stage, measured)
 
 
 def _require_covered(applied: Applied, optimizer: Any) -> None:

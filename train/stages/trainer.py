@@ -70,6 +70,8 @@ class StageTrainer(transformers.Trainer):
         watch.trainer = self
         self.watch = watch
         self.model_accepts_loss_kwargs = True  # the loss is divided here, by all of a step's items
+        # Walked once: most of a model's modules do not train, and a small step would spend a tenth on finding that.
+        self._trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.remove_callback(transformers.PrinterCallback)
         self.remove_callback(transformers.ProgressCallback)
 
@@ -84,7 +86,8 @@ class StageTrainer(transformers.Trainer):
         """AdamW over the task's groups."""
         if self.optimizer is None:
             groups = self.task.groups(self.model if model is None else model)
-            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=not sharded)
         return self.optimizer
 
     def compute_loss(
@@ -118,15 +121,17 @@ class StageTrainer(transformers.Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Raises TrainingError before the optimiser step when a gradient is not finite."""
-        named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            total = torch.nn.utils.get_total_norm([grad for _, grad in named])
-            if not bool(torch.isfinite(total)):
-                worst = next((name for name, grad in named if not bool(torch.isfinite(grad).all())), "all parameters")
-                raise non_finite(f"gradient of {worst}", self._sources)
-        norm = super()._clip_grad_norm(model)
-        if norm is not None and not bool(torch.isfinite(torch.as_tensor(float(norm)))):
-            raise non_finite(f"gradient norm {float(norm)}", self._sources)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            norm = super()._clip_grad_norm(model)
+            if norm is not None and not bool(torch.isfinite(torch.as_tensor(float(norm)))):
+                raise non_finite(f"gradient norm {float(norm)}", self._sources)
+            return norm
+        trained = [(name, parameter) for name, parameter in self._trained if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for _, parameter in trained])
+        if not bool(torch.isfinite(norm)):
+            worst = next((n for n, p in trained if not bool(torch.isfinite(p.grad).all())), "all parameters")
+            raise non_finite(f"gradient of {worst}", self._sources)
+        torch.nn.utils.clip_grads_with_norm_([parameter for _, parameter in trained], self.args.max_grad_norm, norm)
         return norm
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

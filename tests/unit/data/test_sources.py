@@ -244,6 +244,22 @@ def test_the_loader_keeps_the_last_ones_and_names_what_it_cannot_read(tmp_path: 
     assert loader(f"data:image/png;base64,{_base64(png('blue'))}").getpixel((0, 0)) == (0, 0, 255)
 
 
+def test_the_loader_keeps_the_pixels_of_the_first_that_fit(tmp_path: Path) -> None:
+    """Two of three fit: they are there when their files are gone, pixel by pixel; the third is not."""
+    colours = {"a": (255, 0, 0), "b": (1, 2, 3), "c": (0, 128, 0)}
+    for name, colour in colours.items():
+        Image.new("RGB", (6, 4), colour).save(tmp_path / f"{name}.png")
+    loader = ImageLoader(keep=1, memory=2 * 6 * 4 * 3 + 1)
+    first = {name: loader(str(tmp_path / f"{name}.png")) for name in colours}
+    for name in colours:
+        (tmp_path / f"{name}.png").unlink()
+    for name in "ab":
+        again = loader(str(tmp_path / f"{name}.png"))
+        assert (again.size, again.mode, again.tobytes()) == ((6, 4), "RGB", first[name].tobytes())
+    with pytest.raises(TrainingError, match=r"c\.png cannot be read"):
+        loader(str(tmp_path / "c.png"))
+
+
 def test_made_sets_are_read_and_drawn() -> None:
     data = load("scenes", "vision", count=4)
     assert len(data) == 4

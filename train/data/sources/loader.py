@@ -1,7 +1,8 @@
 """Pixels for every kind of reference: stored blobs, paths, `data:` and other URLs, and what `noria.scenes` draws.
 
-Comes in: a reference. Goes out: an RGB picture. The last ones used stay in memory; what comes over the network is
-fetched once a process. Must not import torch, transformers or `serve`.
+Comes in: a reference. Goes out: an RGB picture. The last ones used stay in memory, and on request as many others as fit
+a number of bytes; what comes over the network is fetched once a process.
+Must not import torch, transformers or `serve`.
 """
 
 from __future__ import annotations
@@ -26,11 +27,17 @@ _SHOWN = 100
 
 
 class ImageLoader:
-    """A `LoadImage` for all references. `read_blob` gives a stored picture's bytes by its SHA-256."""
+    """A `LoadImage` for all references. `read_blob` gives a stored picture's bytes by its SHA-256.
 
-    def __init__(self, read_blob: Callable[[str], bytes] | None = None, keep: int = 64) -> None:
+    The last `keep` pictures stay; beside them the first ones that fit into `memory` bytes of pixels stay for good, for
+    training that comes back to each. Those would throw each other out were the oldest dropped: a pass reads all once.
+    """
+
+    def __init__(self, read_blob: Callable[[str], bytes] | None = None, keep: int = 64, memory: int = 0) -> None:
         self._read_blob = read_blob
         self._keep = keep
+        self._room = memory
+        self._pixels: dict[str, tuple[tuple[int, int], bytes]] = {}
         self._pictures: OrderedDict[str, Pillow.Image] = OrderedDict()
 
     def __call__(self, reference: str) -> Pillow.Image:
@@ -47,9 +54,14 @@ class ImageLoader:
         return self._pictures[reference]
 
     def _load(self, reference: str) -> Pillow.Image:
-        if is_made(reference):
-            return draw(reference)
-        return decode_image(self._bytes(reference))
+        if reference in self._pixels:
+            return Pillow.frombytes("RGB", *self._pixels[reference])
+        picture = draw(reference) if is_made(reference) else decode_image(self._bytes(reference))
+        size = 3 * picture.width * picture.height
+        if size <= self._room:
+            self._room -= size
+            self._pixels[reference] = (picture.size, picture.tobytes())
+        return picture
 
     def _bytes(self, reference: str) -> bytes:
         if reference.startswith("data:"):
