@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from noria.demo.questions import Question
+from noria.evals.questions import Question, content_of
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -43,7 +43,7 @@ def ask(client: OpenAI, question: Question, *, n: int, seed: int, user: str, max
     """Asks one question for n answers at temperature 0.6. Raises openai.OpenAIError when the server refuses."""
     answer = client.chat.completions.create(
         model="noria",
-        messages=[{"role": "user", "content": question.prompt}],
+        messages=[{"role": "user", "content": content_of(question)}],
         n=n,
         seed=seed,
         temperature=0.6,

@@ -33,7 +33,7 @@ from noria.scenes.drawn.words import (
     shape_looks,
 )
 from noria.scenes.handwriting import read_digit, rows_of
-from noria.scenes.held_out import KINDS as ASKED_KINDS
+from noria.scenes.asked import KINDS as ASKED_KINDS
 from noria.scenes.labels import read_labels
 from noria.scenes.photos import PHOTOS, photo_ref
 
