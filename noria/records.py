@@ -298,6 +298,15 @@ class EvaluationAnswer:
 
 
 @dataclass(frozen=True)
+class BadRow:
+    """A row of data or of questions that was left out: the file (or data set) it is in, its line (from 1), and why."""
+
+    file: str
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class ProcessInfo:
     """A live server or trainer, as its last heartbeat told: `kind` is server or trainer; `info` is small JSON."""
 

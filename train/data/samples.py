@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image as Pillow
 
-from noria.records import Json
+from noria.records import BadRow, Json
 
 LoadImage = Callable[[str], Pillow.Image]
 """From a picture's reference to the picture, as RGB. Raises TrainingError naming a picture that cannot be read."""
@@ -71,15 +71,6 @@ class PreferenceSample:
 
 
 AnySample = Sample | VisionSample | PreferenceSample
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that was left out: the file (or data set) it is in, its line (from 1), and why."""
-
-    file: str
-    line: int
-    reason: str
 
 
 @dataclass(frozen=True)
