@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from noria.errors import NotFound
-from noria.records import Completion, Json, Pair
+from noria.records import Completion, Json, Pair, image_references
 from train.data.pairs import LoadImage
-from train.data.render import image_hashes
 from train.export.rendering import CalibrationSample
 
 RECIPE = "chosen answers of training pairs, evenly spread, then recent completions of prompts that are not held out"
@@ -65,7 +64,7 @@ def samples(
     for reference in references:
         if "messages" in reference:  # a row of a recipe's data, which is nobody's to delete
             shown, cut = list(reference["messages"]), bool(reference["cut"])
-            pictures = [load_image(one) for one in image_hashes(shown)]
+            pictures = [load_image(one) for one in image_references(shown)]
             found.append(({"row": reference["row"]}, CalibrationSample(shown, pictures, cut)))
             continue
         if "preference" in reference:
@@ -80,7 +79,7 @@ def samples(
                 continue
             first = kept.choices[0]
             messages, text, cut = list(kept.messages), first.text, first.finish_reason == "length"
-        pictures = [load_image(sha256) for sha256 in image_hashes(messages)]
+        pictures = [load_image(one) for one in image_references(messages)]
         answer = {"role": "assistant", "content": text}
         found.append((reference, CalibrationSample([*messages, answer], pictures, cut)))
     return found

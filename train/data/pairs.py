@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from PIL import Image as Pillow
 
 from noria.errors import NotFound, TrainingError
-from noria.records import Pair
+from noria.records import BLOB_SCHEME, Pair
 from train.data.render import ChatRenderer, decode_image
 from train.data.samples import LoadImage as LoadImage
 
 
 @dataclass(frozen=True)
 class TextPair:
-    """One pair as text. `prompt` ends where the answers begin; `images` are SHA-256 in the prompt's order."""
+    """One pair as text. `prompt` ends where the answers begin; `images` are references in the prompt's order."""
 
     preference_id: str
     prompt: str
@@ -80,7 +80,7 @@ class ImageCache:
         """The picture. Raises TrainingError naming it when it is gone or cannot be decoded."""
         if sha256 not in self._pictures:
             try:
-                self._pictures[sha256] = decode_image(self._read(sha256))
+                self._pictures[sha256] = decode_image(self._read(sha256.removeprefix(BLOB_SCHEME)))
             except (OSError, NotFound) as error:
                 raise TrainingError(f"picture {sha256} cannot be read: {error}", code="bad_image") from error
             while len(self._pictures) > self._keep:

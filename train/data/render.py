@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image as Pillow
 
 from noria.errors import TrainingError
-from noria.records import BLOB_SCHEME, Json
+from noria.records import PICTURE_PARTS, Json
 
 _PROBE = "noria-content-probe"
 
@@ -100,23 +100,11 @@ def parts_of(message: Mapping[str, Any]) -> list[Json]:
     for part in content:
         if part.get("type") in ("text", "input_text"):
             parts.append({"type": "text", "text": part["text"]})
-        elif part.get("type") in ("image_url", "image", "input_image"):
+        elif part.get("type") in PICTURE_PARTS:
             parts.append({"type": "image"})
         else:
             raise TrainingError(f"messages with a {part.get('type')!r} part cannot be trained on", code="bad_message")
     return parts
-
-
-def image_hashes(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The stored pictures of a conversation, as SHA-256, in the order in which the messages show them."""
-    found: list[str] = []
-    for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ():
-            if part.get("type") == "image_url":
-                url = part["image_url"]
-                found.append(str(url["url"] if isinstance(url, Mapping) else url).removeprefix(BLOB_SCHEME))
-    return found
 
 
 def decode_image(data: bytes) -> Pillow.Image:
