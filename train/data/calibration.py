@@ -18,7 +18,7 @@ from typing import Any
 
 from noria.errors import NotFound
 from noria.records import Completion, Json, Pair, image_references
-from train.data.pairs import LoadImage
+from train.data.samples import LoadImage
 from train.export.rendering import CalibrationSample
 
 RECIPE = "chosen answers of training pairs, evenly spread, then recent completions of prompts that are not held out"
@@ -57,37 +57,51 @@ def samples(
     references: Iterable[Json],
     pairs: dict[str, Pair],
     completion: Callable[[str], Completion],
-    load_image: LoadImage,
+    stored: LoadImage,
+    named: LoadImage,
 ) -> list[tuple[Json, CalibrationSample]]:
-    """Each reference that still exists with its conversation, its answer last."""
+    """Each reference that still exists with its conversation, its answer last.
+
+    `stored` gives the pictures of captured conversations, `named` those of a recipe's rows.
+    """
     found = []
     for reference in references:
         if "messages" in reference:  # a row of a recipe's data, which is nobody's to delete
             shown, cut = list(reference["messages"]), bool(reference["cut"])
-            pictures = [load_image(one) for one in image_references(shown)]
-            found.append(({"row": reference["row"]}, CalibrationSample(shown, pictures, cut)))
+            found.append(({"row": reference["row"]}, _sample(shown, cut, named)))
             continue
-        if "preference" in reference:
-            pair = pairs.get(reference["preference"])
-            if pair is None:
-                continue
-            messages, text, cut = list(pair.messages), pair.chosen, pair.chosen_cut
-        else:
-            try:
-                kept = completion(reference["completion"])
-            except NotFound:
-                continue
-            first = kept.choices[0]
-            messages, text, cut = list(kept.messages), first.text, first.finish_reason == "length"
-        pictures = [load_image(one) for one in image_references(messages)]
-        answer = {"role": "assistant", "content": text}
-        found.append((reference, CalibrationSample([*messages, answer], pictures, cut)))
+        captured = _captured(reference, pairs, completion)
+        if captured is not None:
+            found.append((reference, _sample(*captured, stored)))
     return found
 
 
 def fingerprint(messages: Sequence[Any]) -> str:
     """SHA-256 of a conversation, for the manifest: pictures are in it by their own hashes."""
     return hashlib.sha256(json.dumps(list(messages), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _captured(
+    reference: Json, pairs: dict[str, Pair], completion: Callable[[str], Completion]
+) -> tuple[list[Json], bool] | None:
+    """What a user asked and was answered, and whether the answer was cut; None when it was deleted since."""
+    if "preference" in reference:
+        pair = pairs.get(reference["preference"])
+        return None if pair is None else (_answered(pair.messages, pair.chosen), pair.chosen_cut)
+    try:
+        kept = completion(reference["completion"])
+    except NotFound:
+        return None
+    first = kept.choices[0]
+    return _answered(kept.messages, first.text), first.finish_reason == "length"
+
+
+def _answered(messages: Sequence[Json], text: str) -> list[Json]:
+    return [*messages, {"role": "assistant", "content": text}]
+
+
+def _sample(messages: list[Json], cut: bool, load_image: LoadImage) -> CalibrationSample:
+    return CalibrationSample(messages, [load_image(one) for one in image_references(messages)], cut)
 
 
 def _of_pair(pair: Pair) -> Json:

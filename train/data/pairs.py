@@ -6,16 +6,11 @@ Must not import `serve`.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from PIL import Image as Pillow
-
-from noria.errors import NotFound, TrainingError
-from noria.records import BLOB_SCHEME, Pair
-from train.data.render import ChatRenderer, decode_image
-from train.data.samples import LoadImage as LoadImage
+from noria.records import Pair
+from train.data.render import ChatRenderer
+from train.data.samples import LoadImage
 
 
 @dataclass(frozen=True)
@@ -63,27 +58,6 @@ class PairRenderer:
     def _count_prompt(self, pair: TextPair) -> int:
         if not pair.images:
             return len(self._renderer.tokenizer(pair.prompt, add_special_tokens=False)["input_ids"])
-        pictures = [self._load_image(sha256) for sha256 in pair.images]
+        pictures = [self._load_image(one) for one in pair.images]
         encoded = self._renderer.processor(images=[pictures], text=[pair.prompt], add_special_tokens=False)
         return len(encoded["input_ids"][0])
-
-
-class ImageCache:
-    """Decoded pictures by SHA-256, the `keep` last used ones in memory. `read` gives a picture's bytes."""
-
-    def __init__(self, read: Callable[[str], bytes], keep: int = 64) -> None:
-        self._read = read
-        self._keep = keep
-        self._pictures: OrderedDict[str, Pillow.Image] = OrderedDict()
-
-    def __call__(self, sha256: str) -> Pillow.Image:
-        """The picture. Raises TrainingError naming it when it is gone or cannot be decoded."""
-        if sha256 not in self._pictures:
-            try:
-                self._pictures[sha256] = decode_image(self._read(sha256.removeprefix(BLOB_SCHEME)))
-            except (OSError, NotFound) as error:
-                raise TrainingError(f"picture {sha256} cannot be read: {error}", code="bad_image") from error
-            while len(self._pictures) > self._keep:
-                self._pictures.popitem(last=False)
-        self._pictures.move_to_end(sha256)
-        return self._pictures[sha256]

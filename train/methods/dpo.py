@@ -24,7 +24,8 @@ from trl import DPOConfig
 from noria.module_settings import ResolvedPolicy
 from noria.records import Module
 from noria.settings import DpoSettings
-from train.data.pairs import LoadImage, TextPair
+from train.data.pairs import TextPair
+from train.data.samples import LoadImage
 from train.methods.delta import save_delta
 from train.methods.dpo_trainer import GuardedDPOTrainer, PairCollator, Step, StepWatch
 from train.methods.policies import Applied, Row, apply_policies

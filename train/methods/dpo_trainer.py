@@ -19,7 +19,8 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from noria.errors import TrainingError
-from train.data.pairs import LoadImage, TextPair
+from train.data.pairs import TextPair
+from train.data.samples import LoadImage
 from train.methods.policies import Applied
 
 ROWS = "pair_rows"  # which pairs are in a batch: indices into the training list, taken out before the model sees it
@@ -59,7 +60,7 @@ class PairCollator:
         rows = [int(example["row"]) for example in examples]
         texts = []
         for pair in (self._pairs[row] for row in rows):
-            pictures = [self._load_image(sha256) for sha256 in pair.images]
+            pictures = [self._load_image(one) for one in pair.images]
             texts.append({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "images": pictures})
         batch = dict(self._collate(texts))
         batch[ROWS] = torch.tensor(rows)

@@ -188,8 +188,8 @@ def _source(one: ReadReport) -> Json:
 
 
 def image_loader(run: StageRun, memory: int = 0) -> ImageLoader:
-    """Pictures of every kind of reference, stored ones too; `memory` is `ImageLoader`'s."""
-    return ImageLoader(Blobs(run.blobs).get if run.blobs else None, memory=memory)
+    """The pictures of the stage's data, which the recipe names; `memory` is `ImageLoader`'s."""
+    return ImageLoader(Blobs(run.blobs).get if run.blobs else None, named=True, memory=memory)
 
 
 def picture_memory(processes: int) -> int:

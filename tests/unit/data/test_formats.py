@@ -198,6 +198,11 @@ def test_our_export_gives_pairs_with_their_pictures_and_cuts(place: Place) -> No
     assert isinstance(pair, PreferenceSample)
     assert pair.images == (f"data:image/png;base64,{picture['data']}",)
     assert (pair.chosen, pair.chosen_cut, pair.rejected, pair.rejected_cut) == ("a square", False, "a ca", True)
+    (Path(place.folder or ".") / "own.png").write_bytes(data)
+    for named in ("https://x.org/a.png", "own.png"):
+        preference["pair"]["messages"] = [{"role": "user", "content": [image_part(named)]}]
+        with pytest.raises(InvalidRequest, match="a picture that was not stored"):
+            reader.samples(preference, place, "f:4")
     assert reader.samples({**preference, "verdict": "tie"}, place, "f:4") == []
     with pytest.raises(InvalidRequest, match="the line says"):
         reader.samples({**picture, "sha256": "0" * 64}, place, "f:5")

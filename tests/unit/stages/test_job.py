@@ -18,8 +18,11 @@ from noria.registry import Base, ManifestDraft
 from noria.settings import Settings
 from noria.store import Store
 from tests.unit.stages.material import write_data
+from tests.unit.store.samples import completion
+from tests.unit.web import serving
 from train.daemon import Trainer, job_settings
 from train.data import calibration
+from train.data.samples import image_part
 from train.log import EventLog
 from train.methods.delta import changed_modules, delta_folders
 from train.pipeline import learn, prepare
@@ -138,10 +141,24 @@ def test_calibration_takes_rows_of_the_last_stage_that_answers(trainer: Trainer,
     rows = [one["row"] for part in ("calibration", "verification") for one in chosen[part]]
     assert len(set(rows)) == 8
     assert all("preferences.jsonl:" in row for row in rows)
-    found = calibration.samples(chosen["calibration"], {}, ctx.store.get_completion, ctx.images)
+    found = calibration.samples(chosen["calibration"], {}, ctx.store.get_completion, ctx.images, ctx.data_images)
     assert [list(reference) for reference, _ in found] == [["row"]] * 5
     assert all(sample.messages[-1]["role"] == "assistant" for _, sample in found)
     assert any(sample.images for _, sample in found)
+
+
+def test_a_recipe_gives_no_leave_to_fetch_what_users_sent(trainer: Trainer, data: Path, tmp_path: Path) -> None:
+    """The recipe's rows name files; captured messages that name a file or an address are another matter."""
+    ctx = started(trainer, {"recipe": recipe(data)})
+    with serving(data) as web:
+        for number, url in enumerate((f"{web.url}/1.png", str(data / "1.png"))):
+            shown = {"role": "user", "content": [image_part(url), {"type": "text", "text": "what is it"}]}
+            trainer.store.add_completions([completion(f"c{number}", messages=(shown,))])
+            with pytest.raises(TrainingError, match="what captured messages name is never fetched"):
+                calibration.samples(
+                    [{"completion": f"c{number}"}], {}, ctx.store.get_completion, ctx.images, ctx.data_images
+                )
+        assert web.asked == []
 
 
 def test_the_recipe_names_its_model(trainer: Trainer, data: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_first_loss_is_transformers_own_over_the_whole_batch(
     one = stage(data, "sft")
     samples: Any = read_all(one.data, "sft")
     first = [number for micro in plan(one, range(len(samples))).micro_batches[:2] for unit in micro for number in unit]
-    encoder = Encoder(load_processor(tiny_vlm), ImageLoader(), 256)
+    encoder = Encoder(load_processor(tiny_vlm), ImageLoader(named=True), 256)
     batch = SupervisedCollator(encoder)([samples[number] for number in first])
     model = load_policy(tiny_vlm, [], read_architecture(tiny_vlm), torch.float32)
     with torch.no_grad():

@@ -1,7 +1,11 @@
-"""Pixels for every kind of reference: stored blobs, paths, `data:` and other URLs, and what `noria.scenes` draws.
+"""Pixels for references: stored blobs, and for rows of data also paths, URLs and what `noria.scenes` draws.
 
 Comes in: a reference. Goes out: an RGB picture. The last ones used stay in memory, and on request as many others as fit
 a number of bytes; what comes over the network is fetched once a process.
+
+A reference that a user sent is not to be trusted: reading it could fetch any address that this machine reaches, or a
+file of it. Captured conversations therefore show stored blobs or nothing; only rows of data that the operator named in
+a recipe are read with `named`.
 Must not import torch, transformers or `serve`.
 """
 
@@ -27,14 +31,17 @@ _SHOWN = 100
 
 
 class ImageLoader:
-    """A `LoadImage` for all references. `read_blob` gives a stored picture's bytes by its SHA-256.
+    """A `LoadImage`. `read_blob` gives a stored picture's bytes by its SHA-256; `named` allows every other reference.
 
     The last `keep` pictures stay; beside them the first ones that fit into `memory` bytes of pixels stay for good, for
     training that comes back to each. Those would throw each other out were the oldest dropped: a pass reads all once.
     """
 
-    def __init__(self, read_blob: Callable[[str], bytes] | None = None, keep: int = 64, memory: int = 0) -> None:
+    def __init__(
+        self, read_blob: Callable[[str], bytes] | None = None, *, named: bool = False, keep: int = 64, memory: int = 0
+    ) -> None:
         self._read_blob = read_blob
+        self._named = named
         self._keep = keep
         self._room = memory
         self._pixels: dict[str, tuple[tuple[int, int], bytes]] = {}
@@ -56,7 +63,8 @@ class ImageLoader:
     def _load(self, reference: str) -> Pillow.Image:
         if reference in self._pixels:
             return Pillow.frombytes("RGB", *self._pixels[reference])
-        picture = draw(reference) if is_made(reference) else decode_image(self._bytes(reference))
+        made = self._named and is_made(reference)
+        picture = draw(reference) if made else decode_image(self._bytes(reference))
         size = 3 * picture.width * picture.height
         if size <= self._room:
             self._room -= size
@@ -64,14 +72,16 @@ class ImageLoader:
         return picture
 
     def _bytes(self, reference: str) -> bytes:
-        if reference.startswith("data:"):
-            head, _, body = reference.partition(",")
-            return base64.b64decode(body) if head.endswith(";base64") else unquote_to_bytes(body)
         name = reference.removeprefix(BLOB_SCHEME)
         if _SHA256.fullmatch(name):
             if self._read_blob is None:
                 raise TrainingError("it is a stored picture, and no store of pictures was given")
             return self._read_blob(name)
+        if not self._named:
+            raise TrainingError("it is not stored, and what captured messages name is never fetched")
+        if reference.startswith("data:"):
+            head, _, body = reference.partition(",")
+            return base64.b64decode(body) if head.endswith(";base64") else unquote_to_bytes(body)
         if is_url(reference):
             return _fetched(reference)
         return Path(reference).read_bytes()
