@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
-import shutil
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from noria.errors import Conflict, NotFound, SettingsError, TrainingError
-from noria.records import Job, Json
-from noria.registry import Base, ManifestDraft
-from noria.settings import Settings
-from noria.store import Store
+from noria.records import Json
 from tests.unit.stages.material import write_data
 from tests.unit.store.samples import completion
 from tests.unit.web import serving
-from train.daemon import Trainer, job_settings
+from train.daemon import Trainer, job_context, job_settings
 from train.data import calibration
 from train.data.samples import image_part
-from train.log import EventLog
 from train.methods.delta import changed_modules, delta_folders
 from train.pipeline import learn, prepare
 from train.pipeline.context import JobContext
@@ -38,20 +30,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture
-def trainer(tiny_vlm: Path, tmp_path: Path) -> Iterator[Trainer]:
-    """A trainer over a home whose live version is the tiny model's."""
-    settings = Settings.model_validate({"home": tmp_path / "home", "train": {"nice": 0}})
-    shutil.copytree(tiny_vlm, settings.masters_dir / "tiny")
-    with Store.open(settings.store_url) as store:
-        one = Trainer(settings, store, threading.Event(), EventLog(io.StringIO()))
-        staging = one.registry.begin("test")
-        shutil.copytree(tiny_vlm, staging / "serving")
-        base = Base(name="tiny", path="masters/tiny")
-        one.registry.promote(one.registry.publish(staging, ManifestDraft(method="base", base=base)).id)
-        yield one
-
-
 def recipe(data: Path, **more: Any) -> Json:
     """Eyes, then conversations, then preferences."""
     stages = [
@@ -62,25 +40,9 @@ def recipe(data: Path, **more: Any) -> Json:
     return {"name": "tiny", "stages": stages, **more}
 
 
-def context(trainer: Trainer, job: Job) -> JobContext:
-    asked, train = job_settings(trainer.settings.train, job.settings)
-    return JobContext(
-        store=trainer.store,
-        registry=trainer.registry,
-        blobs=trainer.blobs,
-        settings=trainer.settings,
-        train=train,
-        job=job,
-        owner=trainer.owner,
-        check=lambda: None,
-        log=trainer.log,
-        recipe=asked,
-    )
-
-
 def started(trainer: Trainer, settings: Json) -> JobContext:
     """A job of this trainer, its folder made."""
-    ctx = context(trainer, trainer.store.start_job("recipe", settings, "none", trainer.owner, 60.0))
+    ctx = job_context(trainer, trainer.store.start_job("recipe", settings, "none", trainer.owner, 60.0))
     ctx.folder.mkdir(parents=True, exist_ok=True)
     return ctx
 
@@ -126,7 +88,7 @@ def test_a_stage_that_is_done_is_not_done_again(trainer: Trainer, data: Path, mo
             learn.run(ctx)
     first = ctx.folder / "train" / "01-eyes" / "delta" / "full.safetensors"
     before = (first.read_bytes(), first.stat().st_mtime_ns)
-    again = context(trainer, ctx.job)
+    again = job_context(trainer, ctx.job)
     again.done.update(ctx.done)
     learn.run(again)
     assert (first.read_bytes(), first.stat().st_mtime_ns) == before
