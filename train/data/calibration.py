@@ -1,7 +1,8 @@
 """Which conversations GPTQ is calibrated on, and which ones the artefact is verified on.
 
 Comes in: the snapshot's pairs and recent completions. Goes out: references that a restart finds again, and the
-samples themselves. References and not texts are kept: what a user has deleted since is left out.
+samples themselves. References and not texts are kept: what a user has deleted since is left out. So is what shows
+anything but text and stored pictures.
 Must not import torch.
 
 The recipe: chosen answers of training pairs first, evenly spread over them, since that is what the new policy is to
@@ -18,6 +19,7 @@ from typing import Any
 
 from noria.errors import NotFound
 from noria.records import Completion, Json, Pair, image_references
+from train.data.render import is_readable
 from train.data.samples import LoadImage
 from train.export.rendering import CalibrationSample
 
@@ -38,7 +40,7 @@ def choose(
     wanted, checked = counts
     half = wanted if not recent else max(1, (wanted + 1) // 2)
     calibration = [_of_pair(pair) for pair in _spread(train, half)]
-    answered = [one for one in recent if one.finished and one.choices and one.choices[0].text.strip()]
+    answered, unreadable = usable(recent)
     others = [of_completion(one) for one in answered]
     calibration += [of_completion(one) for one in answered if not aside(one.prompt_hash)][: wanted - len(calibration)]
     calibration += [_of_pair(pair) for pair in train if _of_pair(pair) not in calibration][: wanted - len(calibration)]
@@ -50,7 +52,15 @@ def choose(
         "calibration": calibration,
         "verification": verification or calibration[:checked],
         "verified_on_calibration": not verification,
+        "unreadable": unreadable,
     }
+
+
+def usable(recent: Sequence[Completion]) -> tuple[list[Completion], int]:
+    """The completions with an answer whose messages can be read, and how many have one and cannot."""
+    answered = [one for one in recent if one.finished and one.choices and one.choices[0].text.strip()]
+    kept = [one for one in answered if is_readable(one.messages)]
+    return kept, len(answered) - len(kept)
 
 
 def samples(
@@ -60,7 +70,7 @@ def samples(
     stored: LoadImage,
     named: LoadImage,
 ) -> list[tuple[Json, CalibrationSample]]:
-    """Each reference that still exists with its conversation, its answer last.
+    """Each reference that still exists and can be read with its conversation, its answer last.
 
     `stored` gives the pictures of captured conversations, `named` those of a recipe's rows.
     """
@@ -84,20 +94,20 @@ def fingerprint(messages: Sequence[Any]) -> str:
 def _captured(
     reference: Json, pairs: dict[str, Pair], completion: Callable[[str], Completion]
 ) -> tuple[list[Json], bool] | None:
-    """What a user asked and was answered, and whether the answer was cut; None when it was deleted since."""
+    """What a user asked and was answered, and whether the answer was cut; None when it is gone or unreadable."""
     if "preference" in reference:
         pair = pairs.get(reference["preference"])
-        return None if pair is None else (_answered(pair.messages, pair.chosen), pair.chosen_cut)
-    try:
-        kept = completion(reference["completion"])
-    except NotFound:
-        return None
-    first = kept.choices[0]
-    return _answered(kept.messages, first.text), first.finish_reason == "length"
-
-
-def _answered(messages: Sequence[Json], text: str) -> list[Json]:
-    return [*messages, {"role": "assistant", "content": text}]
+        if pair is None:
+            return None
+        messages, text, cut = pair.messages, pair.chosen, pair.chosen_cut
+    else:
+        try:
+            kept = completion(reference["completion"])
+        except NotFound:
+            return None
+        first = kept.choices[0]
+        messages, text, cut = kept.messages, first.text, first.finish_reason == "length"
+    return ([*messages, {"role": "assistant", "content": text}], cut) if is_readable(messages) else None
 
 
 def _sample(messages: list[Json], cut: bool, load_image: LoadImage) -> CalibrationSample:

@@ -5,7 +5,8 @@ Must not import torch or transformers.
 
 The rule, in this order; every row lands in exactly one count:
 1. `tie` and `both_bad` say nothing about a direction and are left out.
-2. `unreadable`: a side's text is gone. `empty`: a side is blank. `same_text`: both sides are the same.
+2. `unreadable`: a side's text is gone, or the prompt shows what was not stored: a picture by its address, a film.
+   `empty`: a side is blank. `same_text`: both sides are the same.
 3. Rows about the same two texts under one prompt are one question, and annotators vote on it: the newest judgement
    of an annotator is that annotator's vote (a newer tie withdraws it), an anonymous row is a voter of its own.
    The majority's direction wins; with equal votes nothing of the question is kept. Rows of another direction, or of
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from noria.records import Json, Pair, Preference, Snapshot
+from train.data.render import is_readable
 
 Row = tuple[Preference, Pair | None]
 LEFT_OUT = ("tie", "both_bad", "unreadable", "empty", "same_text", "contradictory", "duplicate", "too_long")
@@ -120,7 +122,7 @@ def pair_digest(pair: Pair) -> str:
 def _unusable(preference: Preference, pair: Pair | None) -> str | None:
     if preference.verdict != "chosen":
         return preference.verdict
-    if pair is None:
+    if pair is None or not is_readable(pair.messages):
         return "unreadable"
     if not pair.chosen.strip() or not pair.rejected.strip():
         return "empty"

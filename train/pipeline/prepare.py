@@ -22,6 +22,9 @@ FILE = "snapshot.json"
 def run(ctx: JobContext) -> Json:
     """Refuses (Conflict, TrainingError, UnsupportedModel) or freezes the choice."""
     content = once(ctx.folder / FILE, lambda: _freeze(ctx) if ctx.recipe is None else _freeze_recipe(ctx))
+    if unreadable := content["samples"].get("unreadable"):
+        told = "recent conversations show what was not stored, and cannot calibrate"
+        ctx.note(f"{unreadable} {told}", unreadable=unreadable)
     ctx.store.add_snapshot(
         Snapshot(
             id=content["id"],

@@ -221,14 +221,15 @@ def _conversations(ctx: JobContext, answered: Sequence[AnySample]) -> Json:
     wanted = sum(counts)
     step = max(1, len(answered) // wanted)
     rows = [row for one in answered[: step * wanted : step] if (row := _reference(one)) is not None]
-    others = [calibration.of_completion(one) for one in recent(ctx, wanted) if one.finished and one.choices]
-    found = [*rows, *others]
+    others, unreadable = calibration.usable(recent(ctx, wanted))
+    found = [*rows, *map(calibration.of_completion, others)]
     checked = found[counts[0] :][: counts[1]]
     return {
         "recipe": RECIPE,
         "calibration": found[: counts[0]],
         "verification": checked or found[: counts[1]],
         "verified_on_calibration": not checked,
+        "unreadable": unreadable,
     }
 
 

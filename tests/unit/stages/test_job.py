@@ -11,11 +11,8 @@ import pytest
 from noria.errors import Conflict, NotFound, SettingsError, TrainingError
 from noria.records import Json
 from tests.unit.stages.material import write_data
-from tests.unit.store.samples import completion
-from tests.unit.web import serving
 from train.daemon import Trainer, job_context, job_settings
 from train.data import calibration
-from train.data.samples import image_part
 from train.methods.delta import changed_modules, delta_folders
 from train.pipeline import learn, prepare
 from train.pipeline.context import JobContext
@@ -107,20 +104,6 @@ def test_calibration_takes_rows_of_the_last_stage_that_answers(trainer: Trainer,
     assert [list(reference) for reference, _ in found] == [["row"]] * 5
     assert all(sample.messages[-1]["role"] == "assistant" for _, sample in found)
     assert any(sample.images for _, sample in found)
-
-
-def test_a_recipe_gives_no_leave_to_fetch_what_users_sent(trainer: Trainer, data: Path, tmp_path: Path) -> None:
-    """The recipe's rows name files; captured messages that name a file or an address are another matter."""
-    ctx = started(trainer, {"recipe": recipe(data)})
-    with serving(data) as web:
-        for number, url in enumerate((f"{web.url}/1.png", str(data / "1.png"))):
-            shown = {"role": "user", "content": [image_part(url), {"type": "text", "text": "what is it"}]}
-            trainer.store.add_completions([completion(f"c{number}", messages=(shown,))])
-            with pytest.raises(TrainingError, match="what captured messages name is never fetched"):
-                calibration.samples(
-                    [{"completion": f"c{number}"}], {}, ctx.store.get_completion, ctx.images, ctx.data_images
-                )
-        assert web.asked == []
 
 
 def test_the_recipe_names_its_model(trainer: Trainer, data: Path) -> None:
