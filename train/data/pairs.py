@@ -42,6 +42,15 @@ class PairRenderer:
             images=tuple(pair.images),
         )
 
+    def is_readable(self, pair: Pair) -> bool:
+        """Whether each picture has its placeholder in the prompt, and there is no other anywhere.
+
+        Somebody may have written one as text. The processor would look for its picture.
+        """
+        rendered, token = self.render(pair), self._renderer.image_token
+        written = token in rendered.chosen or token in rendered.rejected
+        return rendered.prompt.count(token) == len(pair.images) and not written
+
     def tokens(self, pair: Pair) -> int:
         """Prompt, pictures included, plus the longer answer, in tokens. Raises TrainingError on an unreadable picture.
 

@@ -34,7 +34,7 @@ def train_preferences(run: StageRun, listener: Listener) -> Json:
     data = read_data(run)
     load_image = image_loader(run)
     renderer = PairRenderer(ChatRenderer(load_processor(run.master)), load_image)
-    pairs, dropped = _pairs(run, cast("list[PreferenceSample]", data), renderer, listener)
+    pairs, left_out = _pairs(run, cast("list[PreferenceSample]", data), renderer, listener)
     steps = _Steps(run, listener)
     told = method.train_dpo(
         run.master,
@@ -63,7 +63,7 @@ def train_preferences(run: StageRun, listener: Listener) -> Json:
         "dtype": told.dtype,
         "frozen": told.frozen,
         "seconds": round(time.monotonic() - started, 1),
-        "task": {"pairs": told.pairs, "too_long": dropped, "margin_last": told.margin_last},
+        "task": {"pairs": told.pairs, **left_out, "margin_last": told.margin_last},
     }
 
 
@@ -84,21 +84,27 @@ def settings(run: StageRun) -> DpoSettings:
 
 def _pairs(
     run: StageRun, samples: list[PreferenceSample], renderer: PairRenderer, listener: Listener
-) -> tuple[list[TextPair], int]:
-    """The pairs that fit, rendered, and how many were too long."""
+) -> tuple[list[TextPair], dict[str, int]]:
+    """The pairs that fit, rendered, and how many do not, by the snapshot's reasons."""
     kept: list[TextPair] = []
+    left_out = {"unreadable": 0, "too_long": 0}
     for number in range(len(samples)):
         listener.check()
         listener.on_measured((number + 1) / len(samples))
         pair = _record(samples[number])
-        if renderer.tokens(pair) <= run.stage.max_length:
+        if not renderer.is_readable(pair):
+            left_out["unreadable"] += 1
+        elif renderer.tokens(pair) > run.stage.max_length:
+            left_out["too_long"] += 1
+        else:
             kept.append(renderer.render(pair))
     if not kept:
         raise TrainingError(
-            f"stage {run.stage.name!r}: none of {len(samples)} pairs fits max_length={run.stage.max_length}",
+            f"stage {run.stage.name!r}: none of {len(samples)} pairs can be used: {left_out['too_long']} do not fit "
+            f"max_length={run.stage.max_length}, {left_out['unreadable']} spell a picture's placeholder",
             code="no_data",
         )
-    return kept, len(samples) - len(kept)
+    return kept, left_out
 
 
 def _record(one: PreferenceSample) -> Pair:

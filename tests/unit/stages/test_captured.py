@@ -14,6 +14,8 @@ from tests.unit.web import Web, serving
 from train.daemon import Trainer, job_context
 from train.data import calibration
 from train.data.samples import image_part
+from train.export.rendering import encode
+from train.methods.policy_model import load_processor
 from train.pipeline import learn, prepare
 from train.pipeline.context import JobContext
 
@@ -115,3 +117,20 @@ def test_references_of_a_snapshot_that_was_frozen_before_are_judged_again(traine
     assert [len(sample.images) for _, sample in found] == [1, 1, 0, 0]
     assert "http" not in json.dumps([sample.messages for _, sample in found])
     assert conversations.asked == []
+
+
+def test_words_that_spell_a_placeholder_show_no_picture(trainer: Trainer, conversations: Web, tiny_vlm: Path) -> None:
+    """In a question alone, beside a picture, and in an answer: the processor would look for a picture there."""
+    picture = trainer.store.get_completion("stored").messages[0]["content"][0]
+    judged(trainer, "spelt", "what is an <image>?")
+    judged(trainer, "one too many", picture, "<image>")
+    judged(trainer, "<image>")
+    ctx = started(trainer, "dpo", SETTINGS)
+    ctx.done["snapshot"] = prepare.run(ctx)
+    counts = ctx.done["snapshot"]["counts"]
+    assert {name: count for name, count in counts.items() if count} == {"total": 10, "used": 3, "unreadable": 7}
+    assert learn.run(ctx)["pairs"] == 3
+    names = [{"completion": name} for name in ("spelt", "one too many", "<image>", "stored", "text")]
+    found = calibration.samples(names, {}, ctx.store.get_completion, ctx.images, ctx.data_images)
+    encoded = [encode(load_processor(tiny_vlm), sample, 256) for _, sample in found]
+    assert [one is None for one in encoded] == [True, True, True, False, False]
