@@ -18,6 +18,7 @@ from noria.recipes import Recipe, RecipeStage
 from noria.records import Json
 from noria.registry import Registry
 from train.data import calibration
+from train.data.formats.pictures import into
 from train.data.samples import AnySample, PreferenceSample, Sample
 from train.data.sources import read_all
 from train.pipeline.context import REPORT_EVERY_S, JobContext
@@ -54,7 +55,7 @@ def freeze(ctx: JobContext) -> Json:
     answered: Sequence[AnySample] = ()
     for stage in recipe.stages:
         ctx.check()
-        data = read_all(stage.data, stage.kind, seed=stage.seed)
+        data = read_all(stage.data, stage.kind, keep_image=into(ctx.blobs), seed=stage.seed)
         hashes[stage.name], counts[stage.name] = data.sha256, len(data)
         _tell_bad(ctx, stage, [row for report in data.reports for row in report.bad])
         answered = answered if stage.kind == "vision" else data

@@ -21,6 +21,7 @@ from noria.blobs import Blobs
 from noria.errors import TrainingError
 from noria.recipes import RecipeStage
 from noria.records import Json
+from train.data.formats.pictures import as_data_url, into
 from train.data.samples import ReadReport, Sample, VisionSample
 from train.data.sources import ImageLoader, MixedData, read_all
 from train.methods.delta import save_delta
@@ -113,8 +114,9 @@ def measure_data(run: StageRun, processor: Any, data: MixedData, listener: Liste
 
 
 def read_data(run: StageRun) -> MixedData:
-    """The stage's samples. Raises as `train.data.sources.read`."""
-    return read_all(run.stage.data, run.stage.kind, seed=run.stage.seed)
+    """The stage's samples; pictures that rows carry go to the blobs. Raises as `train.data.sources.read`."""
+    keep_image = into(Blobs(run.blobs)) if run.blobs else as_data_url
+    return read_all(run.stage.data, run.stage.kind, keep_image=keep_image, seed=run.stage.seed)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from PIL import Image
 from noria.errors import InvalidRequest
 from noria.records import BLOB_SCHEME, Json
 from train.data.formats import RowReader, detect
-from train.data.formats.pictures import Place
+from train.data.formats.pictures import Place, as_data_url
 from train.data.samples import Box, PreferenceSample, Sample, VisionSample, image_part
 
 HUMAN: Json = {"from": "human", "value": "<image>\nWhat is it?"}
@@ -118,7 +118,7 @@ def test_every_format_gives_the_same_pair(name: str, place: Place) -> None:
 def test_several_turns_and_pictures_stay_in_order(place: Place) -> None:
     values = ["<image>\nand\n<image>\nwhich is older?", "the first", "sure?\n<image>", "yes"]
     turns = [{"from": "human" if n % 2 == 0 else "gpt", "value": value} for n, value in enumerate(values)]
-    names = ["https://x.org/1.png", "s3://b/2.png", "data:image/png;base64,AA"]
+    names = ["https://x.org/1.png", "s3://b/2.png", as_data_url(png("red"), "image/png")]
     sample = read({"conversations": turns, "image": names}, place)[0]
     assert sample.images == tuple(names)
     words = {"type": "text", "text": "and"}

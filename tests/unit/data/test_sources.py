@@ -18,6 +18,7 @@ from noria.errors import InvalidRequest, NoriaError, NotFound, TrainingError, Un
 from noria.recipes import DataSource
 from noria.records import BLOB_SCHEME, Json
 from tests.unit.web import Web, serving
+from train.data.formats.pictures import into
 from train.data.samples import Sample, VisionSample
 from train.data.sources import ImageLoader, SourceData, read, read_all
 
@@ -202,12 +203,13 @@ def test_the_hash_follows_the_rows_and_not_their_place(tmp_path: Path) -> None:
 
 def test_embedded_pictures_go_to_the_blobs_and_come_back(tmp_path: Path) -> None:
     blobs = Blobs(f"file://{tmp_path}/blobs")
-    (tmp_path / "rows.jsonl").write_bytes(lines({**row(1, "x"), "images": [{"base64": _base64(png("red"))}]}))
-    source = DataSource(source=str(tmp_path / "rows.jsonl"))
-    data = read(source, "sft", keep_image=lambda data, media: blobs.put(data, media).sha256)
-    assert isinstance(data[0], Sample)
+    coded = _base64(png("red"))
+    written = ({"base64": coded}, f"data:image/png;base64,{coded}", f"data:image/png;base64,{coded[:20]}")
+    (tmp_path / "rows.jsonl").write_bytes(lines(*({**row(1, "x"), "images": [one]} for one in written)))
+    data = read(DataSource(source=str(tmp_path / "rows.jsonl")), "sft", keep_image=into(blobs))
     digest = hashlib.sha256(png("red")).hexdigest()
-    assert data[0].images == (digest,)
+    assert [one.images for one in data if isinstance(one, Sample)] == [(digest,), (digest,)]
+    assert [(bad.line, "cannot be read" in bad.reason) for bad in data.report.bad] == [(3, True)]
     assert ImageLoader(blobs.get)(digest).size == (6, 4)
     with pytest.raises(TrainingError, match="no store of pictures"):
         ImageLoader(named=True)(digest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 import pytest
 
 from noria.errors import Conflict, NotFound, SettingsError, TrainingError
-from noria.records import Json
-from tests.unit.stages.material import write_data
+from noria.records import Json, image_references
+from tests.unit.stages.material import write_data, write_rows
 from train.daemon import Trainer, job_context, job_settings
 from train.data import calibration
+from train.data.samples import image_part
 from train.methods.delta import changed_modules, delta_folders
 from train.pipeline import learn, prepare
 from train.pipeline.context import JobContext
@@ -104,6 +107,24 @@ def test_calibration_takes_rows_of_the_last_stage_that_answers(trainer: Trainer,
     assert [list(reference) for reference, _ in found] == [["row"]] * 5
     assert all(sample.messages[-1]["role"] == "assistant" for _, sample in found)
     assert any(sample.images for _, sample in found)
+
+
+def test_pictures_that_rows_carry_go_to_the_blobs(trainer: Trainer, data: Path, tmp_path: Path) -> None:
+    pictures = [(data / f"{number}.png").read_bytes() for number in range(4)]
+    rows = []
+    for number, picture in enumerate(pictures):
+        url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+        asked = {"role": "user", "content": [image_part(url), {"type": "text", "text": f"which is {number}"}]}
+        rows.append({"messages": [asked, {"role": "assistant", "content": "this"}]})
+    write_rows(tmp_path / "rows.jsonl", rows)
+    stage = {"name": "talk", "kind": "sft", "data": [{"source": str(tmp_path / "rows.jsonl")}], **FIGURES}
+    ctx = started(trainer, {"recipe": {"name": "tiny", "stages": [stage]}})
+    ctx.done["snapshot"] = prepare.run(ctx)
+    named = [image_references(one["messages"]) for one in prepare.snapshot_file(ctx)["samples"]["calibration"]]
+    assert sorted(named) == sorted((hashlib.sha256(picture).hexdigest(),) for picture in pictures)
+    assert {trainer.blobs.get(sha256) for (sha256,) in named} == set(pictures)
+    assert learn.run(ctx)["steps"] == 2
+    assert "base64" not in "".join(path.read_text() for path in ctx.folder.rglob("*.json*"))
 
 
 def test_the_recipe_names_its_model(trainer: Trainer, data: Path) -> None:

@@ -11,18 +11,17 @@ Must not import torch, transformers or `serve`.
 
 from __future__ import annotations
 
-import base64
 import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import unquote_to_bytes
 
 from PIL import Image as Pillow
 
 from noria.errors import NoriaError, TrainingError
 from noria.records import BLOB_SCHEME
 from noria.scenes import draw, is_made
+from train.data.formats.pictures import from_data_url
 from train.data.render import decode_image
 from train.data.sources.files import is_url
 
@@ -80,8 +79,7 @@ class ImageLoader:
         if not self._named:
             raise TrainingError("it is not stored, and what captured messages name is never fetched")
         if reference.startswith("data:"):
-            head, _, body = reference.partition(",")
-            return base64.b64decode(body) if head.endswith(";base64") else unquote_to_bytes(body)
+            return from_data_url(reference)
         if is_url(reference):
             return _fetched(reference)
         return Path(reference).read_bytes()
