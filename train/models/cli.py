@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     with Store.open(settings.store_url) as store:
         registry = Registry(settings.models_dir, store)
         if arguments.command == "eyes":
-            _print_eyes(export_eyes(arguments.version, registry, settings, arguments.out), arguments.json)
+            print_eyes(export_eyes(arguments.version, registry, settings, arguments.out), arguments.json)
             return 0
         with stage_bars() as progress:
             if arguments.command == "add":
@@ -122,11 +122,12 @@ def _rebuild(settings: Settings, arguments: argparse.Namespace) -> int:
     out = arguments.out if arguments.out is not None else settings.home / "eyes"
     rebuilt = rebuild(settings, recipe_to_run(arguments.recipe), out.resolve(), stage_bars)
     if rebuilt.eyes is not None:
-        _print_eyes(rebuilt.eyes, arguments.json)
+        print_eyes(rebuilt.eyes, arguments.json)
     return rebuilt.status
 
 
-def _print_eyes(eyes: Eyes, as_json: bool) -> None:
+def print_eyes(eyes: Eyes, as_json: bool) -> None:
+    """What was written, and of which version."""
     record = eyes.record
     files = {path.name: path.stat().st_size for path in sorted(eyes.folder.iterdir()) if path.name in FILES}
     if as_json:

@@ -23,6 +23,7 @@ from tests.unit.embedded.material import RECIPE
 from train.export.checkpoint import file_index, read_bytes, tensor_index
 from train.export.merge import merge
 from train.models.add import Progress
+from train.models.cli import print_eyes
 from train.models.embedded.eyes.export import export_eyes
 from train.models.embedded.eyes.lay import MARK
 from train.models.embedded.eyes.record import Eyes, open_eyes, recipe_hash
@@ -192,12 +193,10 @@ def test_the_command_hands_over_what_it_was_told(
 
 
 def test_what_was_written_is_printed(eyes: Eyes, capsys: pytest.CaptureFixture[str]) -> None:
-    from train.models.cli import _print_eyes
-
-    _print_eyes(eyes, as_json=True)
+    print_eyes(eyes, as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert (told["out"], told["sha256"], told["version"]) == (str(eyes.folder), eyes.record.sha256, "v2")
     assert told["files"]["eyes.safetensors"] == eyes.record.size
     assert "recipe" not in told
-    _print_eyes(eyes, as_json=False)
+    print_eyes(eyes, as_json=False)
     assert capsys.readouterr().out.startswith(f"{eyes.folder}: the eyes of v2, trained in 184 s\n  MODEL_CARD.md  ")

@@ -20,7 +20,7 @@ NOT_YET = "Not measured yet."
 UNKNOWN = "none of Noria's own sets."
 SOURCES = {
     "scenes": "scenes that `noria.scenes` draws: shapes, colours, sizes, places, counts and printed digits on several "
-    "grounds. This project's own, Apache-2.0.",
+    "grounds, textures of the photographs below among them. This project's own, Apache-2.0.",
     "digits": "handwritten digits: scikit-learn's copy of the UCI test set (E. Alpaydin and C. Kaynak, 1998, "
     "https://doi.org/10.24432/C50P49), CC BY 4.0.",
     "photos": "cuttings of scikit-image's sample photographs: public domain, CC0, or no known restrictions; one by one "
