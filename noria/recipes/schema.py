@@ -211,7 +211,6 @@ _IGNORED: tuple[tuple[str, tuple[StageKind, ...], str], ...] = (
     ("group_by_length", ("vision", "dpo"), "reads no conversations"),
     ("beta", ("vision", *_CONVERSATIONS), "has no reference"),
     ("head_learning_rate", ("dpo", *_CONVERSATIONS), "has no heads"),
-    ("schedule", ("dpo",), "falls linearly"),
     ("precision", ("dpo",), "computes in the machine's own"),
     ("checkpoint_every", ("dpo",), "is run again from its start"),
 )

@@ -6,6 +6,7 @@ begins again with the same seed. Must not import `serve`.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict
 from typing import cast
@@ -13,6 +14,7 @@ from typing import cast
 import torch
 
 from noria.errors import TrainingError
+from noria.recipes import RecipeStage
 from noria.records import Json, Pair
 from noria.settings import DpoSettings
 from train.data.pairs import PairRenderer, TextPair
@@ -23,6 +25,7 @@ from train.methods.dpo_trainer import Step as DpoStep
 from train.methods.policy_model import Base, load_processor
 from train.stages.run import Listener, data_report, image_loader, read_data, summary
 from train.stages.spec import DELTA, LOG, StageRun, Step, append_step, write_steps
+from train.stages.trainer import rates
 
 BETA = 0.1
 
@@ -35,7 +38,7 @@ def train_preferences(run: StageRun, listener: Listener) -> Json:
     load_image = image_loader(run)
     renderer = PairRenderer(ChatRenderer(load_processor(run.master)), load_image)
     pairs, left_out = _pairs(run, cast("list[PreferenceSample]", data), renderer, listener)
-    steps = _Steps(run, listener)
+    steps, count = _Steps(run, listener), step_count(stage, len(pairs))
     told = method.train_dpo(
         run.master,
         run.deltas,
@@ -50,7 +53,7 @@ def train_preferences(run: StageRun, listener: Listener) -> Json:
         base=cast(Base, run.base),
         serving=run.serving,
         dtype=getattr(torch, run.dtype) if run.dtype else None,
-        more={"max_steps": stage.steps} if stage.steps is not None else None,
+        more={"max_steps": count, **rates(stage, count)},
     )
     return {
         **summary(steps.taken),
@@ -67,15 +70,18 @@ def train_preferences(run: StageRun, listener: Listener) -> Json:
     }
 
 
+def step_count(stage: RecipeStage, pairs: int) -> int:
+    """Optimiser steps of the stage; the last one of a pass over the pairs may have fewer than `batch_size`."""
+    return stage.steps or math.ceil((stage.epochs or 1.0) * math.ceil(pairs / stage.batch_size))
+
+
 def settings(run: StageRun) -> DpoSettings:
-    """The recipe's stage in the method's words."""
+    """The recipe's stage in the method's words; its length and its rates are `step_count` and `rates`."""
     stage = run.stage
     return DpoSettings(
         beta=stage.beta or BETA,
-        epochs=stage.epochs or 1.0,
         batch_size=stage.batch_size,
         micro_batch_size=stage.micro,
-        warmup_ratio=stage.warmup_ratio,
         max_grad_norm=stage.max_grad_norm,
         max_length=stage.max_length,
         seed=stage.seed,

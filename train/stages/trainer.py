@@ -240,15 +240,12 @@ def arguments(stage: RecipeStage, plan: Plan, out: Path, **options: Any) -> tran
     """The stage in transformers' words. Nothing is sent or printed by it; every step is logged to the callback."""
     cuda = torch.cuda.is_available()
     processes = options.pop("processes", 1)
-    falls = {"num_decay_steps": max(1, round(stage.decay * plan.steps)), "decay_type": "linear"}
     return transformers.TrainingArguments(
         output_dir=str(out),
         max_steps=plan.steps,
         per_device_train_batch_size=stage.micro,
         gradient_accumulation_steps=plan.per_step // processes,
-        lr_scheduler_type=_SCHEDULES[stage.schedule or "cosine"],
-        lr_scheduler_kwargs=falls if stage.schedule == "constant-linear" else None,
-        warmup_steps=stage.warmup_ratio if stage.warmup_ratio < 1 else 0.999,
+        **rates(stage, plan.steps),
         max_grad_norm=stage.max_grad_norm,
         seed=stage.seed,
         data_seed=stage.seed,
@@ -265,6 +262,17 @@ def arguments(stage: RecipeStage, plan: Plan, out: Path, **options: Any) -> tran
         ddp_find_unused_parameters=processes > 1,  # text alone leaves the aligner without a gradient
         **options,
     )
+
+
+def rates(stage: RecipeStage, steps: int) -> dict[str, Any]:
+    """How the learning rates go over a stage of so many steps, in transformers' words."""
+    schedule = stage.schedule or ("linear" if stage.kind == "dpo" else "cosine")
+    falls = {"num_decay_steps": max(1, round(stage.decay * steps)), "decay_type": "linear"}
+    return {
+        "lr_scheduler_type": _SCHEDULES[schedule],
+        "lr_scheduler_kwargs": falls if schedule == "constant-linear" else None,
+        "warmup_steps": stage.warmup_ratio if stage.warmup_ratio < 1 else 0.999,
+    }
 
 
 def trainables(model: Any, state: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
