@@ -154,7 +154,11 @@ def test_which_recipe_is_run(eyes: Eyes, tmp_path: Path) -> None:
     file.write_text(f'model = "llava"\n{file.read_text()}')
     with pytest.raises(InvalidRequest, match="recipe 'mine' starts from model 'llava', and build-embedded trains"):
         recipe_to_run(file, eyes.folder)
-    with pytest.raises(IntegrityError, match=r"eyes\.json is missing"):
+    eyes.weights.unlink()
+    assert recipe_hash(recipe_to_run(None, eyes.folder)) == eyes.record.recipe_sha256
+    with pytest.raises(
+        IntegrityError, match=r"eyes\.json is missing; install Noria again, or name a recipe with --rec"
+    ):
         recipe_to_run(None, tmp_path / "none")
 
 

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from noria.errors import Conflict, InvalidRequest, NoriaError, SettingsError
+from noria.errors import Conflict, IntegrityError, InvalidRequest, NoriaError, SettingsError
 from noria.recipes import Recipe, load_recipe, parse_recipe
 from noria.records import Job
 from noria.registry import Manifest, Registry
@@ -23,7 +23,7 @@ from train.models.add import Progress, make_live
 from train.models.embedded import BLANK
 from train.models.embedded.build import build_blank
 from train.models.embedded.eyes.export import export_eyes
-from train.models.embedded.eyes.record import SHIPPED, Eyes, open_eyes, recipe_hash
+from train.models.embedded.eyes.record import SHIPPED, Eyes, read_record, recipe_hash
 from train.run import run_here, told_end
 
 Bars = Callable[[], AbstractContextManager[Progress]]
@@ -41,9 +41,9 @@ class Rebuilt:
 def recipe_to_run(file: Path | None, shipped: Path = SHIPPED) -> Recipe:
     """The recipe in `file`, or the one by which the shipped eyes were made; it starts from the blank model.
 
-    Raises InvalidRequest for a recipe that names another model, and as `load_recipe` and `open_eyes`.
+    Raises InvalidRequest for a recipe that names another model, and as `load_recipe` and `read_record`.
     """
-    recipe = open_eyes(shipped).recipe if file is None else load_recipe(file)
+    recipe = _shipped_recipe(shipped) if file is None else load_recipe(file)
     if recipe.model not in (None, BLANK):
         raise InvalidRequest(
             f"recipe {recipe.name!r} starts from model {recipe.model!r}, and build-embedded trains {BLANK!r}: "
@@ -51,6 +51,14 @@ def recipe_to_run(file: Path | None, shipped: Path = SHIPPED) -> Recipe:
             param="recipe",
         )
     return recipe.model_copy(update={"model": BLANK})
+
+
+def _shipped_recipe(shipped: Path) -> Recipe:
+    """Of the record alone: weights that are damaged are a reason to make new ones."""
+    try:
+        return Eyes(shipped, read_record(shipped)).recipe
+    except IntegrityError as error:
+        raise IntegrityError(f"{error.message}, or name a recipe with --recipe", param="recipe") from error
 
 
 def rebuild(settings: Settings, recipe: Recipe, out: Path, bars: Bars) -> Rebuilt:

@@ -29,7 +29,7 @@ FILES = (WEIGHTS, RECORD, SCORES, CARD)
 MOST_BYTES = 12_000_000
 """Of the whole folder."""
 SHIPPED = Path(__file__).with_name("shipped")
-_ADVICE = "install Noria again, or make them with `noria model build-embedded`"
+_ADVICE = "install Noria again"
 
 
 class _Part(BaseModel):
