@@ -99,7 +99,7 @@ class RecipeStage(Section):
     group_by_length: bool = False
     """Batches of samples of like length."""
     checkpoint_every: int | None = Field(None, ge=1)
-    """Steps between two checkpoints that an interrupted stage goes on from; none is 100. `dpo` starts again instead."""
+    """Steps between two checkpoints that an interrupted stage goes on from; none is 100."""
     beta: float | None = Field(None, gt=0)
     """Strength of the pull to the reference, for `dpo` alone; none is 0.1."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -212,7 +212,6 @@ _IGNORED: tuple[tuple[str, tuple[StageKind, ...], str], ...] = (
     ("beta", ("vision", *_CONVERSATIONS), "has no reference"),
     ("head_learning_rate", ("dpo", *_CONVERSATIONS), "has no heads"),
     ("precision", ("dpo",), "computes in the machine's own"),
-    ("checkpoint_every", ("dpo",), "is run again from its start"),
 )
 _UNREACHED: dict[StageKind, tuple[Module, ...]] = {
     "vision": ("aligner", "language_model"),

@@ -1,7 +1,7 @@
 """Stage `dpo` of a recipe: direct preference optimisation from preference files, as the daemon does from its store.
 
-Comes in: a `StageRun` whose data are preferences. Goes out: a delta, a log, a report. An attempt that was cut off
-begins again with the same seed. Must not import `serve`.
+Comes in: a `StageRun` whose data are preferences. Goes out: a delta, a log, a report, as of any other stage; an attempt
+that was cut off goes on from its last checkpoint. Must not import `serve`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from train.data.samples import PreferenceSample
 from train.methods import dpo as method
 from train.methods.dpo_trainer import Step as DpoStep
 from train.methods.policy_model import Base, load_processor
-from train.stages.run import Listener, data_report, image_loader, read_data, summary
-from train.stages.spec import DELTA, LOG, StageRun, Step, append_step, write_steps
+from train.stages.run import Listener, StageLog, data_report, image_loader, read_data, summary
+from train.stages.spec import CHECKPOINTS, DELTA, StageRun, Step
 from train.stages.trainer import rates
 
 BETA = 0.1
@@ -54,9 +54,11 @@ def train_preferences(run: StageRun, listener: Listener) -> Json:
         serving=run.serving,
         dtype=getattr(torch, run.dtype) if run.dtype else None,
         more={"max_steps": count, **rates(stage, count)},
+        checkpoints=run.folder / CHECKPOINTS,
+        checkpoint_every=stage.checkpoint_every,
     )
     return {
-        **summary(steps.taken),
+        **summary(steps.log.steps),
         "name": stage.name,
         "kind": stage.kind,
         "settings": stage.model_dump(mode="json", exclude={"name", "kind"}, exclude_defaults=True),
@@ -132,11 +134,9 @@ class _Steps:
     """The method's steps in a stage's words, written to the log and told."""
 
     def __init__(self, run: StageRun, listener: Listener) -> None:
-        self._log = run.folder / LOG
+        self.log = StageLog(run)
         self._listener = listener
         self._at = time.monotonic()
-        self.taken: list[Step] = []
-        write_steps(self._log, [])
 
     def add(self, step: DpoStep) -> None:
         now = time.monotonic()
@@ -152,6 +152,5 @@ class _Steps:
             seconds=seconds,
             metrics=figures,
         )
-        self.taken.append(made)
-        append_step(self._log, made)
+        self.log.add(made)
         self._listener.on_step(made)

@@ -24,6 +24,7 @@ from noria.records import Json
 from train.data.formats.pictures import as_data_url, into
 from train.data.samples import ReadReport, Sample, VisionSample
 from train.data.sources import ImageLoader, MixedData, read_all
+from train.methods.checkpoints import last_checkpoint, step_of
 from train.methods.delta import save_delta
 from train.methods.policies import Applied, apply_policies
 from train.methods.policy_model import Base, load_policy, load_processor, read_architecture, training_dtype
@@ -41,7 +42,7 @@ from train.stages.spec import (
     read_steps,
     write_steps,
 )
-from train.stages.trainer import StageTrainer, StageWatch, last_checkpoint
+from train.stages.trainer import StageTrainer, StageWatch
 from train.stages.vision.task import VisionTask
 
 PICTURE_BYTES = 2 << 30  # 77 000 pictures of 96 by 96
@@ -78,7 +79,7 @@ def train_supervised(run: StageRun, listener: Listener) -> Json:
     transformers.set_seed(run.stage.seed)
     applied = _load(run)
     task = _task(run, applied, processor, data, measured)
-    log = _Log(run)
+    log = StageLog(run)
 
     def on_step(step: Step) -> None:
         log.add(step)
@@ -90,10 +91,12 @@ def train_supervised(run: StageRun, listener: Listener) -> Json:
     _require_covered(applied, trainer.create_optimizer())
     if trainer.args.should_log:
         listener.on_table(applied.table())
-    trainer.train(resume_from_checkpoint=_resume(run))
+    checkpoint = last_checkpoint(run.folder / CHECKPOINTS)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.stopped is not None:
         raise watch.stopped
-    _save(run, applied, trainer, pictured)
+    went_on = trainer.state.global_step > (step_of(checkpoint) if checkpoint else 0)
+    _save(run, applied, trainer, pictured and went_on)
     if not trainer.args.should_log:
         return {}  # only the first process hears of steps
     told = report(run.stage, log.steps, applied, time.monotonic() - started)
@@ -200,13 +203,13 @@ def picture_memory(processes: int) -> int:
     return min(PICTURE_BYTES, whole // 8) // processes
 
 
-class _Log:
+class StageLog:
     """The log's file and the steps in it; those after the checkpoint that is gone on from are forgotten."""
 
     def __init__(self, run: StageRun) -> None:
         self.path = run.folder / LOG
-        checkpoint = _resume(run)
-        done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+        checkpoint = last_checkpoint(run.folder / CHECKPOINTS)
+        done = step_of(checkpoint) if checkpoint else 0
         self.steps = [step for step in read_steps(self.path) if step.step <= done]
         if os.environ.get("RANK", "0") == "0":
             write_steps(self.path, self.steps)
@@ -260,8 +263,3 @@ def _save(run: StageRun, applied: Applied, trainer: StageTrainer, pictured: bool
         policies = {module: policy.record() for module, policy in applied.policies.items()}
         save_delta(applied.model, run.folder / DELTA, policies, state=state)
     trainer.accelerator.wait_for_everyone()
-
-
-def _resume(run: StageRun) -> str | None:
-    found = last_checkpoint(run.folder / CHECKPOINTS)
-    return str(found) if found is not None else None

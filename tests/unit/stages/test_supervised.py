@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from noria.errors import LeaseLost, TrainingError
 from noria.recipes import RecipeStage
 from noria.records import Json
-from tests.unit.stages.material import stage, write_data
+from tests.unit.stages.material import stage, stopper, trained, write_data
 from train.data.collate import SupervisedCollator
 from train.data.encode import Encoder
 from train.data.sources import ImageLoader, read_all
@@ -41,14 +41,6 @@ def run(master: Path, one: RecipeStage, out: Path, *deltas: Path, **listener: An
     listener = {"on_step": steps.append, **listener}
     told = train_supervised(StageRun(master, deltas, one, out, dtype="float32"), Listener(**listener))
     return told, steps
-
-
-def trained(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a stage's delta."""
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted((folder / "delta").glob("*.safetensors")):
-        found |= load_file(path)
-    return found
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -200,17 +192,6 @@ def test_a_checkpoint_that_was_cut_off_is_not_believed(tiny_vlm: Path, data: Pat
     assert same(trained(tmp_path), first)
 
 
-def stopper(code: str, calls: int) -> Callable[[], None]:
-    """A check that says stop at its so-manieth call."""
-    asked = iter(range(1, 10_000))
-
-    def check() -> None:
-        if next(asked) >= calls:
-            raise LeaseLost("stop", code=code)
-
-    return check
-
-
 @pytest.mark.parametrize("moment", ["its start", "between", "its end"])
 def test_a_machine_that_stops_in_order_keeps_its_last_step(
     tiny_vlm: Path, data: Path, tmp_path: Path, moment: str
@@ -227,6 +208,18 @@ def test_a_machine_that_stops_in_order_keeps_its_last_step(
     _, rest = run(tiny_vlm, one, tmp_path / "cut")
     assert [step.step for step in rest] == [3, 4]
     assert same(trained(tmp_path / "cut"), trained(whole))
+
+
+def test_a_stage_that_was_cut_off_behind_its_last_step_trains_no_more(
+    tiny_vlm: Path, data: Path, tmp_path: Path
+) -> None:
+    one = stage(data, "align", steps=2)
+    run(tiny_vlm, one, tmp_path)
+    before = trained(tmp_path)
+    shutil.rmtree(tmp_path / "delta")
+    _, steps = run(tiny_vlm, one, tmp_path)
+    assert steps == []
+    assert same(trained(tmp_path), before)
 
 
 def test_who_hears_of_a_step_may_stop_the_machine(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
