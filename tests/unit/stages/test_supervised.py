@@ -13,11 +13,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from noria.errors import LeaseLost, TrainingError
 from noria.recipes import RecipeStage
 from noria.records import Json
+from tests.unit.broken import poisoned, with_nan
 from tests.unit.stages.material import stage, stopper, trained, write_data
 from train.data.collate import SupervisedCollator
 from train.data.encode import Encoder
@@ -240,20 +241,8 @@ def test_cancelling_stops_between_micro_batches(tiny_vlm: Path, data: Path, tmp_
     assert not list((tmp_path / "checkpoints").glob("checkpoint-*"))
 
 
-@pytest.fixture
-def broken(tiny_vlm: Path, tmp_path: Path) -> Path:
-    """The tiny model with one weight of its last layer that is no number."""
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    for path in tiny_vlm.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    weights = load_file(folder / "model.safetensors")
-    weights["language_model.model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def test_a_non_finite_loss_stops_before_the_step_and_names_the_rows(broken: Path, data: Path, tmp_path: Path) -> None:
+def test_a_non_finite_loss_stops_before_the_step_and_names_the_rows(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    broken = with_nan(tiny_vlm, tmp_path / "broken")
     with pytest.raises(
         TrainingError, match=r"loss nan is not finite; stopped before .*conversations\.jsonl:\d+"
     ) as stop:
@@ -266,14 +255,6 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_rows(broken: Path
 def test_a_non_finite_gradient_stops_before_the_step(
     tiny_vlm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss is finite and its gradient is not: an infinite factor appears on the way back only."""
-
-    def poisoned(*args: Any, **more: Any) -> Any:
-        model = load_policy(*args, **more)
-        norm = model.model.language_model.norm
-        norm.register_full_backward_hook(lambda module, grads, _: tuple(g * float("inf") for g in grads))
-        return model
-
     monkeypatch.setattr("train.stages.run.load_policy", poisoned)
     with pytest.raises(TrainingError, match=r"gradient of .*multi_modal_projector.* is not finite") as stop:
         run(tiny_vlm, stage(data, "align"), tmp_path)
