@@ -15,6 +15,7 @@ from noria import __version__
 from noria.cli.jobs import nested
 from noria.cli.main import call
 from noria.errors import Conflict, InvalidRequest, NotFound
+from noria.records import Json
 from tests.checks.documented import commands
 from tests.unit.fake_server import Answer, event, job, page, rollout, serving, status
 
@@ -186,9 +187,23 @@ def test_jobs_are_listed_shown_watched_cancelled(run: Run) -> None:
 
 def test_versions_are_listed_and_shown(run: Run) -> None:
     """A trained version has its figures side by side, an added model under what measured them."""
-    added = {"id": "v1", "state": "retired", "parent": None, "method": "base", "job": None, "created_at": 1e9}
+    added: Json = {
+        "id": "v1",
+        "state": "retired",
+        "parent": None,
+        "method": "base",
+        "job": None,
+        "created_at": 1e9,
+    }
     added |= {"metrics": {"quantize": {"linears": 14, "seconds": 3.5}, "verify": {"mean_kl": 0.02, "agreement": 0.9}}}
-    version = {"id": "v2", "state": "live", "parent": "v1", "method": "dpo", "job": "job_1", "created_at": 1e9}
+    version: Json = {
+        "id": "v2",
+        "state": "live",
+        "parent": "v1",
+        "method": "dpo",
+        "job": "job_1",
+        "created_at": 1e9,
+    }
     version |= {"metrics": {"mean_kl": 0.012, "counts": {"used": 3}}, "frozen": {"vision_tower": "sha256:ab"}}
     answers: dict[str, Answer] = {"GET /noria/v1/versions": page(version, added)}
     answers |= {f"GET /noria/v1/versions/{one['id']}": one for one in (version, added)}

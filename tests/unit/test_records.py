@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from noria.records import BLOB_SCHEME, image_references
+from noria.records import BLOB_SCHEME, Json, image_references
 
 STORED = BLOB_SCHEME + "a" * 64
 
@@ -25,7 +25,11 @@ STORED = BLOB_SCHEME + "a" * 64
     ],
 )
 def test_each_picture_is_told_once_as_it_stands(part: Any, told: tuple[str, ...]) -> None:
-    messages = [{"role": "system", "content": STORED}, {"role": "user", "content": [part]}, {"role": "assistant"}]
+    messages: list[Json] = [
+        {"role": "system", "content": STORED},
+        {"role": "user", "content": [part]},
+        {"role": "assistant"},
+    ]
     assert image_references(messages) == told
 
 
