@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from noria.errors import Conflict, NotFound, SettingsError
+from noria.methods.table import PREFERENCE_KINDS
 from noria.recipes import Recipe, RecipeStage
 from noria.records import Json
 from noria.registry import Registry
 from train.data import calibration
 from train.data.formats.pictures import into
-from train.data.samples import AnySample, PreferenceSample, Sample
+from train.data.samples import AnySample, PreferenceSample, Sample, ThumbSample
 from train.data.sources import read_all
 from train.models.embedded import BLANK
 from train.pipeline.context import REPORT_EVERY_S, JobContext
@@ -132,8 +133,8 @@ def train(ctx: JobContext) -> Json:
 
 def run_stage(run: StageRun, listener: Listener) -> Json:
     """One stage, in this process or in several. Returns its report."""
-    if run.stage.kind == "dpo":
-        from train.stages.dpo import train_preferences
+    if run.stage.kind in PREFERENCE_KINDS:
+        from train.stages.preferences import train_preferences
 
         return train_preferences(run, listener)
     from train.stages.run import measure_data, read_data, train_supervised
@@ -155,7 +156,7 @@ def _stage(ctx: JobContext, run: StageRun, index: int, count: int) -> Json:
     listener = Listener(teller.step, teller.table, teller.measured, ctx.check)
 
     def produce() -> Json:
-        alone = run.stage.kind == "dpo" and run.processes > 1
+        alone = run.stage.kind in PREFERENCE_KINDS and run.processes > 1
         ctx.note(f"stage {run.folder.name} ({run.stage.kind}) begins" + (", in one process" if alone else ""))
         return run_stage(run, listener)
 
@@ -223,7 +224,7 @@ def _conversations(ctx: JobContext, answered: Sequence[AnySample]) -> Json:
     """References for calibration and verification, no row in both where there are enough."""
     counts = (ctx.train.quantize.calibration_samples, ctx.train.verify.samples)
     wanted = sum(counts)
-    rows = spread_rows(answered, counts)
+    rows = spread_rows(_good(answered), counts)
     others, unreadable = calibration.usable(recent(ctx, wanted))
     found = [*rows, *map(calibration.of_completion, others)]
     checked = found[counts[0] :][: counts[1]]
@@ -249,12 +250,22 @@ def spread_rows(answered: Sequence[AnySample], counts: tuple[int, int]) -> list[
     return [row for one in ordered if (row := _reference(one)) is not None]
 
 
+def _good(answered: Sequence[AnySample]) -> Sequence[AnySample]:
+    """Without the answers that have a thumb down: a stage `kto` has some, and no other stage."""
+    if not answered or not isinstance(answered[0], ThumbSample):
+        return answered
+    return [one for one in answered if isinstance(one, ThumbSample) and one.up]
+
+
 def _reference(one: AnySample) -> Json | None:
     if isinstance(one, Sample):
         return {"row": one.source, "messages": list(one.messages), "cut": one.cut}
     if isinstance(one, PreferenceSample):
         answer = {"role": "assistant", "content": one.chosen}
         return {"row": one.source, "messages": [*one.messages, answer], "cut": one.chosen_cut}
+    if isinstance(one, ThumbSample):
+        answer = {"role": "assistant", "content": one.answer}
+        return {"row": one.source, "messages": [*one.messages, answer], "cut": one.cut}
     return None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from noria.errors import InvalidRequest
+from noria.methods.table import PREFERENCE_KINDS
 from noria.records import Json
 from train.data.formats import ms_swift, openai, plain, sharegpt, trl
 from train.data.formats.export import KINDS as EXPORT_KINDS
@@ -79,7 +80,9 @@ class RowReader:
             return [plain.parse_labels(row, place, source)]
         parse = self._export.parse if name == "noria" else _PARSERS[name]
         found = parse(row, place)
-        if self._kind == "dpo":
+        if self._kind == "kto":
+            return [thumb for one in found for thumb in one.thumbs(source, row)]
+        if self._kind in PREFERENCE_KINDS:
             return [one.preference(source) for one in found]
         return [one.sample(source) for one in found[:1]]
 

@@ -25,11 +25,11 @@ from tests.flow.rtn import quantize_rtn
 from tests.unit.broken import poisoned, with_nan
 from train.data.pairs import PairRenderer, TextPair
 from train.data.render import ChatRenderer
-from train.methods.dpo import DpoReport, train_dpo
-from train.methods.dpo_trainer import Step
 from train.methods.frozen import FrozenModule, require_equal
 from train.methods.policies import apply_policies
 from train.methods.policy_model import load_policy, load_processor, read_architecture
+from train.methods.preferences.method import MethodReport, train_method
+from train.methods.preferences.steps import Step
 
 COLOURS = ("red", "green", "blue")
 
@@ -73,11 +73,11 @@ def run(
     adapters: Sequence[Path] = (),
     check: Callable[[], None] = lambda: None,
     **more: Any,
-) -> tuple[DpoReport, list[Step]]:
+) -> tuple[MethodReport, list[Step]]:
     """Trains in float32, so that tolerances say something about the formula and not about rounding."""
     steps: list[Step] = []
     asked = asked or settings()
-    report = train_dpo(
+    report = train_method(
         master,
         adapters,
         pairs,
@@ -95,13 +95,13 @@ def run(
 @pytest.fixture(scope="module")
 def trained(
     tiny_vlm: Path, pairs: list[TextPair], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, DpoReport, list[Step]]:
+) -> tuple[Path, MethodReport, list[Step]]:
     """One training over pictures and text in the same batches."""
     out = tmp_path_factory.mktemp("dpo") / "adapter"
     return out, *run(tiny_vlm, pairs, out)
 
 
-def test_the_first_loss_is_ln_2_and_an_overfit_batch_goes_down(trained: tuple[Path, DpoReport, list[Step]]) -> None:
+def test_the_first_loss_is_ln_2_and_an_overfit_batch_goes_down(trained: tuple[Path, MethodReport, list[Step]]) -> None:
     _, report, steps = trained
     assert steps[0].loss == pytest.approx(math.log(2), abs=1e-6)
     assert steps[0].margin == 0.0
@@ -139,7 +139,7 @@ def paper_loss(policy: Any, reference: Any, processor: Any, pairs: Sequence[Text
 
 
 def test_the_loss_is_the_papers(
-    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, DpoReport, list[Step]], tmp_path: Path
+    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, MethodReport, list[Step]], tmp_path: Path
 ) -> None:
     """All six pairs are one step, so step 2 runs on the weights after step 1: a run of one step has those weights.
 
@@ -158,7 +158,7 @@ def test_the_loss_is_the_papers(
 
 
 def test_the_lineage_is_folded_in_so_training_starts_from_the_parent(
-    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, DpoReport, list[Step]], tmp_path: Path
+    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, MethodReport, list[Step]], tmp_path: Path
 ) -> None:
     adapter, _, _ = trained
     model = transformers.AutoModelForImageTextToText.from_pretrained(tiny_vlm, dtype=torch.float32)
@@ -172,7 +172,7 @@ def test_the_lineage_is_folded_in_so_training_starts_from_the_parent(
     assert steps[0].loss == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_only_the_language_models_linears_learn(trained: tuple[Path, DpoReport, list[Step]], tiny_vlm: Path) -> None:
+def test_only_the_language_models_linears_learn(trained: tuple[Path, MethodReport, list[Step]], tiny_vlm: Path) -> None:
     adapter, report, _ = trained
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert len(tensors) == 2 * 7 * 2  # A and B of seven linears in two layers
@@ -187,7 +187,7 @@ def test_only_the_language_models_linears_learn(trained: tuple[Path, DpoReport, 
     assert [path for path in adapter.parent.iterdir() if path.name.startswith(".trl-")] == []
 
 
-def test_tower_and_aligner_are_hashed_and_unchanged(trained: tuple[Path, DpoReport, list[Step]]) -> None:
+def test_tower_and_aligner_are_hashed_and_unchanged(trained: tuple[Path, MethodReport, list[Step]]) -> None:
     _, report, _ = trained
     assert sorted(report.frozen) == ["aligner", "vision_tower"]
     assert all(value.startswith("sha256:") and len(value) == 71 for value in report.frozen.values())
@@ -216,7 +216,7 @@ def test_a_frozen_module_that_hands_on_a_gradient_ends_the_training() -> None:
 
 
 def test_the_same_snapshot_and_seed_give_the_same_bytes(
-    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, DpoReport, list[Step]], tmp_path: Path
+    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, MethodReport, list[Step]], tmp_path: Path
 ) -> None:
     first, _, steps = trained
     _, again = run(tiny_vlm, pairs, tmp_path / "again")
@@ -232,7 +232,7 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_batch(
 ) -> None:
     steps: list[Step] = []
     with pytest.raises(TrainingError, match=r"loss nan is not finite; stopped before the optimiser step") as stopped:
-        train_dpo(
+        train_method(
             with_nan(tiny_vlm, tmp_path / "broken"),
             [],
             [replace(one, preference_id=f"pref_nan_{n}") for n, one in enumerate(pairs[:2])],
@@ -254,7 +254,7 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_batch(
 def test_a_non_finite_gradient_stops_before_the_step(
     tiny_vlm: Path, pairs: list[TextPair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.methods.dpo.load_policy", poisoned)
+    monkeypatch.setattr("train.methods.preferences.method.load_policy", poisoned)
     with pytest.raises(TrainingError, match=r"gradient of .*lora_.* is not finite.*batch: pref_\d, pref_\d") as stopped:
         run(tiny_vlm, pairs, tmp_path / "adapter")
     assert stopped.value.code == "non_finite"
@@ -275,7 +275,7 @@ def test_cancelling_stops_between_micro_batches(tiny_vlm: Path, pairs: list[Text
 
 
 def test_the_adapters_dropout_is_the_one_asked_for(
-    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, DpoReport, list[Step]], tmp_path: Path
+    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, MethodReport, list[Step]], tmp_path: Path
 ) -> None:
     asked = settings({"language_model": {"rank": 4, "alpha": 8, "learning_rate": 2e-3, "dropout": 0.5}})
     _, _, steps = trained
