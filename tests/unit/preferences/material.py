@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,31 @@ def moved(master: Path, judgements: Judgements, asked_for: Any, out: Path, seed:
     watch = StepWatch(lambda step: None, lambda: None, keeps=False)
     trainer = make_trainer(applied, judgements, processor, load_image, asked_for, {"output_dir": str(out)}, watch)
     return Moved(trainer, applied, processor, judgements)
+
+
+def kto_paper(
+    ratio: Callable[[int, str], torch.Tensor],
+    thumbs: Sequence[TextThumb],
+    rows: Sequence[int],
+    weights: tuple[float, float],
+    beta: float,
+) -> tuple[torch.Tensor, float]:
+    """https://arxiv.org/abs/2402.01306, section 4.1: E[lambda_y - v(x, y)], and its estimate of z_0 before clipping.
+
+    v = lambda_D sigmoid(beta (r - z_0)) for desirable y, lambda_U sigmoid(beta (z_0 - r)) for the others, r = `ratio`
+    of a row and its answer; z_0 is max(0, mean over the micro-batch of the ratio of another row's answer to the row's
+    prompt).
+    """
+    shifted = [rows[-1], *rows[:-1]]
+    crossed = [ratio(x, thumbs[y].answer) for x, y in zip(rows, shifted, strict=True)]
+    estimate = torch.stack(crossed).mean().detach()
+    z = estimate.clamp(min=0)
+    terms = []
+    for row in rows:
+        r = ratio(row, thumbs[row].answer)
+        value = torch.sigmoid(beta * (r - z)) if thumbs[row].up else torch.sigmoid(beta * (z - r))
+        terms.append(weights[0 if thumbs[row].up else 1] * (1 - value))
+    return torch.stack(terms).mean(), float(estimate)
 
 
 def token_logps(model: Any, processor: Any, prompt: str, images: Sequence[str], answer: str) -> torch.Tensor:

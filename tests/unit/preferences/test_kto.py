@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from noria.settings import TrainSettings
-from tests.unit.preferences.material import LORA, load_image, settings, text_thumbs
+from tests.unit.preferences.material import LORA, kto_paper, load_image, settings, text_thumbs, token_logps
 from train.data.pairs import TextThumb
-from train.methods.policy_model import load_processor
+from train.methods.policy_model import load_policy, load_processor, read_architecture
 from train.methods.preferences.method import MethodReport, train_method
+from train.methods.preferences.order import draw_order
 from train.methods.preferences.steps import Step
-from train.methods.preferences.thumbs import ThumbCollator, draw_order
+from train.methods.preferences.thumbs import ThumbCollator
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,14 @@ def thumbs(tiny_vlm: Path) -> list[TextThumb]:
 
 
 def run(
-    master: Path, thumbs: Sequence[TextThumb], out: Path, modules: Any = None, **kto: Any
+    master: Path,
+    thumbs: Sequence[TextThumb],
+    out: Path,
+    modules: Any = None,
+    dtype: torch.dtype = torch.float32,
+    **kto: Any,
 ) -> tuple[MethodReport, list[Step]]:
-    """Trains in float32."""
+    """Trains and tells its steps."""
     steps: list[Step] = []
     asked = settings("kto", 6, **kto)
     policies = TrainSettings.model_validate({"modules": modules or LORA}).policies()
@@ -43,7 +49,7 @@ def run(
         policies,
         on_step=steps.append,
         check=lambda: None,
-        dtype=torch.float32,
+        dtype=dtype,
     )
     return told, steps
 
@@ -119,11 +125,39 @@ def test_a_step_of_one_kind_alone_has_no_margin(tiny_vlm: Path, thumbs: list[Tex
 def test_where_weights_train_in_full_the_reference_is_the_model_before(
     tiny_vlm: Path, thumbs: list[TextThumb], tmp_path: Path
 ) -> None:
-    """In several micro-batches and passes: what the reference says of every prompt with every answer is kept before."""
+    """All six rows are one step, so the second one's loss is the paper's of the weights after the first.
+
+    Tolerance 1e-4: the same sums in float32 with and without padding.
+    """
     modules = {"aligner": {"policy": "full", "learning_rate": 1e-3}, **LORA}
-    _, steps = run(tiny_vlm, thumbs, tmp_path / "delta", modules, epochs=4, micro_batch_size=3, beta=0.5)
+    _, steps = run(tiny_vlm, thumbs, tmp_path / "two", modules, epochs=2, beta=0.5)
     assert (steps[0].loss, steps[0].kl) == (pytest.approx(0.5, abs=1e-5), pytest.approx(0.0, abs=1e-4))
-    assert steps[-1].loss < 0.45
+    run(tiny_vlm, thumbs, tmp_path / "one", modules, epochs=1, beta=0.5)
+    architecture, processor = read_architecture(tiny_vlm), load_processor(tiny_vlm)
+    models = [load_policy(tiny_vlm, deltas, architecture, torch.float32) for deltas in ([tmp_path / "one"], [])]
+
+    def ratio(row: int, answer: str) -> torch.Tensor:
+        with torch.no_grad():
+            policy, reference = (
+                token_logps(model, processor, thumbs[row].prompt, thumbs[row].images, answer).sum() for model in models
+            )
+        return policy - reference
+
+    prompts = [one.prompt + "".join(one.images) for one in thumbs]
+    loss, _ = kto_paper(ratio, thumbs, draw_order(prompts, 12, 6, seed=0).rows[6:], (1.0, 1.0), beta=0.5)
+    assert abs(float(loss) - 0.5) > 0.01
+    assert steps[1].loss == pytest.approx(float(loss), abs=1e-4)
+
+
+def test_over_a_model_of_half_the_bits_what_trains_is_float32(
+    tiny_vlm: Path, thumbs: list[TextThumb], tmp_path: Path
+) -> None:
+    """As on a GPU: bfloat16 weights, the aligner raised to float32, every forward under autocast."""
+    modules = {"aligner": {"policy": "full", "learning_rate": 1e-4}, **LORA}
+    _, steps = run(tiny_vlm, thumbs, tmp_path / "delta", modules, torch.bfloat16, epochs=1, micro_batch_size=3)
+    assert steps[0].loss == pytest.approx(0.5, abs=5e-3)
+    full = load_file(tmp_path / "delta" / "full.safetensors")
+    assert {tensor.dtype for tensor in full.values()} == {torch.float32}
 
 
 def test_the_same_thumbs_and_seed_give_the_same_bytes(tiny_vlm: Path, thumbs: list[TextThumb], tmp_path: Path) -> None:

@@ -8,17 +8,18 @@ gradient's length, which is what padding and float32 leave.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from noria.methods.table import PreferenceMethod
 from tests.tiny_families import build_tiny_family
-from tests.unit.preferences.material import Moved, moved, settings, text_pairs, text_thumbs
+from tests.unit.preferences.material import Moved, kto_paper, moved, settings, text_pairs, text_thumbs
+from train.data.pairs import TextPair, TextThumb
 from train.methods.preferences.pairs import PairTrainer
 
 COUNT = 4
@@ -161,8 +162,8 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def known(policy: Moved, count: int) -> list[One]:
     """What the papers' formulas are over."""
     found = []
-    for row in range(count):
-        chosen, rejected = policy.judgements[row].chosen, policy.judgements[row].rejected
+    for row, pair in enumerate(cast("Sequence[TextPair]", policy.judgements)[:count]):
+        chosen, rejected = pair.chosen, pair.rejected
         own = [policy.logps(row, text) for text in (chosen, rejected)]
         found.append(One(*own, *(policy.logps(row, text, reference=True) for text in (chosen, rejected))))
     return found
@@ -170,7 +171,7 @@ def known(policy: Moved, count: int) -> list[One]:
 
 def require_the_same(policy: Moved, loss: torch.Tensor, expected: torch.Tensor) -> None:
     """In value and in gradient."""
-    assert float(loss) == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-5)
     ours, papers = policy.gradients(loss), policy.gradients(expected)
     assert ours.keys() == papers.keys()
     assert all(".lora_" in name for name in ours)
@@ -258,33 +259,20 @@ def test_rewards_are_the_methods_own(tiny_vlm: Path, tmp_path: Path) -> None:
         assert told["rewards/accuracies"] == right
 
 
-def kto(policy: Moved, rows: list[int], weights: tuple[float, float], beta: float = 0.1) -> tuple[torch.Tensor, float]:
-    """https://arxiv.org/abs/2402.01306, section 4.1: E[lambda_y - v(x, y)], and its estimate of z_0 before clipping.
-
-    v = lambda_D sigmoid(beta (r - z_0)) for desirable y, lambda_U sigmoid(beta (z_0 - r)) for the others; z_0 is
-    max(0, mean over the micro-batch of log (policy / reference) of another row's answer to the row's prompt).
-    """
-    texts = policy.judgements
+def kto(policy: Moved, weights: tuple[float, float], beta: float = 0.1) -> tuple[torch.Tensor, float]:
+    """The paper's loss of the judgements in their order, and its KL."""
 
     def ratio(row: int, answer: str) -> torch.Tensor:
         return policy.logps(row, answer).sum() - policy.logps(row, answer, reference=True).sum()
 
-    shifted = [rows[-1], *rows[:-1]]
-    estimate = mean([ratio(x, texts[y].answer) for x, y in zip(rows, shifted, strict=True)]).detach()
-    z = estimate.clamp(min=0)
-    terms = []
-    for row in rows:
-        r = ratio(row, texts[row].answer)
-        value = torch.sigmoid(beta * (r - z)) if texts[row].up else torch.sigmoid(beta * (z - r))
-        terms.append(weights[0 if texts[row].up else 1] * (1 - value))
-    return mean(terms), float(estimate)
+    return kto_paper(ratio, cast("Sequence[TextThumb]", policy.judgements), range(COUNT), weights, beta)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_ktos_loss_and_its_gradient_are_the_papers(tiny_vlm: Path, tmp_path: Path, seed: int) -> None:
     asked = settings("kto", COUNT, desirable_weight=1.5, undesirable_weight=0.7, beta=0.3)
     policy = moved(tiny_vlm, text_thumbs(tiny_vlm, COUNT), asked, tmp_path, seed=seed)
-    expected, _ = kto(policy, list(range(COUNT)), (1.5, 0.7), beta=0.3)
+    expected, _ = kto(policy, (1.5, 0.7), beta=0.3)
     require_the_same(policy, policy.loss(range(COUNT)), expected)
 
 
@@ -294,7 +282,7 @@ def test_ktos_reference_point_is_met_on_both_sides_of_its_clip(tiny_vlm: Path, t
     found = []
     for seed in range(4):
         policy = moved(tiny_vlm, judged, settings("kto", COUNT), tmp_path, seed=seed)
-        _, estimate = kto(policy, list(range(COUNT)), (1.0, 1.0))
+        _, estimate = kto(policy, (1.0, 1.0))
         policy.loss(range(COUNT))
         told = policy.trainer._metrics["train"]["kl"][-1]
         assert told == pytest.approx(max(0.0, estimate), abs=1e-4)
@@ -304,5 +292,5 @@ def test_ktos_reference_point_is_met_on_both_sides_of_its_clip(tiny_vlm: Path, t
 
 def test_on_qwen_ktos_loss_and_its_gradient_are_the_papers(tiny_qwen: Path, tmp_path: Path) -> None:
     policy = moved(tiny_qwen, text_thumbs(tiny_qwen, COUNT), settings("kto", COUNT), tmp_path)
-    expected, _ = kto(policy, list(range(COUNT)), (1.0, 1.0))
+    expected, _ = kto(policy, (1.0, 1.0))
     require_the_same(policy, policy.loss(range(COUNT)), expected)

@@ -181,7 +181,8 @@ def test_kto_learns_from_verdicts_and_from_pairs_taken_apart(tiny_vlm: Path, dat
     assert {name: told["task"][name] for name in ("answers", "up", "down")} == {"answers": 12, "up": 9, "down": 3}
     assert told["steps"] == 3
     assert steps[0].metrics["kl"] == 0.0
-    pairs = [{"source": str(data / "preferences.jsonl")}]
-    told, _ = run(tiny_vlm, stage(data, "kto", epochs=1, data=pairs, modules=LORA), tmp_path / "pairs")
+    apart = stage(data, "kto", epochs=1, modules=LORA)
+    apart = apart.model_copy(update={"data": stage(data, "dpo").data})
+    told, _ = run(tiny_vlm, apart, tmp_path / "pairs")
     assert {name: told["task"][name] for name in ("answers", "up", "down")} == {"answers": 24, "up": 12, "down": 12}
     assert told["steps"] == 6

@@ -30,9 +30,10 @@ from train.methods.policies import Applied, Row, apply_policies
 from train.methods.policy_model import Base, load_policy, load_processor, read_architecture, training_dtype
 from train.methods.preferences.guarded import GuardedTrainer
 from train.methods.preferences.objective import objective_of
+from train.methods.preferences.order import draw_order
 from train.methods.preferences.pairs import PairCollator, PairTrainer
 from train.methods.preferences.steps import Step, StepWatch, read_step
-from train.methods.preferences.thumbs import ThumbCollator, ThumbTrainer, draw_order
+from train.methods.preferences.thumbs import ThumbCollator, ThumbTrainer
 
 Judgements = Sequence[TextPair] | Sequence[TextThumb]
 

@@ -1,4 +1,4 @@
-"""The trainer of KTO: TRL's KTOTrainer over answers with a thumb, in an order that is drawn whole.
+"""The trainer of KTO: TRL's KTOTrainer over answers with a thumb, in an order that is drawn whole (`order`).
 
 Comes in: TextThumbs, a model whose policies are applied. Goes out: gradient steps. Must not import `serve`.
 
@@ -14,9 +14,7 @@ Shapes: B answers in a batch.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,52 +25,7 @@ from train.data.pairs import TextThumb
 from train.data.samples import LoadImage
 from train.methods.policies import Applied
 from train.methods.preferences.guarded import ROWS, GuardedTrainer
-
-SEARCHED = 1000  # rows looked at for one that asks something else
-
-
-@dataclass(frozen=True)
-class Order:
-    """Rows of a whole training, one after the other. `alike` counts those whose KL is taken with another answer to
-    their own prompt, because there was no row of another."""
-
-    rows: tuple[int, ...]
-    alike: int
-
-
-def draw_order(prompts: Sequence[str], wanted: int, micro_batch: int, seed: int) -> Order:
-    """Passes over the rows, each shuffled, until there are `wanted` (a multiple of `micro_batch`).
-
-    Neighbours in a micro-batch, its last and first too, are of different `prompts` where that can be: an answer to the
-    same prompt is no unrelated one.
-    """
-    chance = random.Random(f"{seed}:thumbs")  # noqa: S311 - an order, no secret
-    rows: list[int] = []
-    while len(rows) < wanted:
-        one_pass = list(range(len(prompts)))
-        chance.shuffle(one_pass)
-        rows += one_pass
-    rows = rows[:wanted]
-    for at in range(wanted):
-        for other in range(at, min(wanted, at + SEARCHED)):
-            if not _is_alike(rows, at, rows[other], prompts, micro_batch):
-                rows[at], rows[other] = rows[other], rows[at]
-                break
-    alike = sum(prompts[row] == prompts[rows[_before(at, micro_batch)]] for at, row in enumerate(rows))
-    return Order(tuple(rows), alike)
-
-
-def _before(at: int, micro_batch: int) -> int:
-    """Whose answer stands with the prompt at this place: TRL shifts the answers of a micro-batch by one."""
-    return at - 1 if at % micro_batch else at + micro_batch - 1
-
-
-def _is_alike(rows: Sequence[int], at: int, row: int, prompts: Sequence[str], micro_batch: int) -> bool:
-    """Whether a row here would have its own prompt before it, or, at the end of a micro-batch, behind it."""
-    place = at % micro_batch
-    near = [rows[at - 1]] if place else []
-    near += [rows[at - place]] if place == micro_batch - 1 else []
-    return any(prompts[row] == prompts[one] for one in near)
+from train.methods.preferences.order import Order
 
 
 class ThumbCollator:
