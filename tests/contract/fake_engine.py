@@ -104,7 +104,7 @@ class FakeChat:
         trace.streaming = True
         await self._gate.admit(trace)
         head = _head(body, trace, "chat.completion.chunk")
-        texts, said = _texts(body), [""] * (body.n or 1)
+        texts, said, finished = _texts(body), [""] * (body.n or 1), False
         try:
             for index in range(len(texts)):
                 yield {**head, "choices": [_delta(index, {"role": "assistant", "content": ""}, None)]}
@@ -114,9 +114,10 @@ class FakeChat:
                     await asyncio.sleep(0)
                     said[index] += piece
                     yield {**head, "choices": [_delta(index, {"content": piece}, reason)]}
+            finished = True
             yield {**head, "choices": [], "usage": _usage(body, texts)}
         finally:
-            self._keep(body, head["id"], trace, said, finished=said == texts)
+            self._keep(body, head["id"], trace, said, finished=finished)
             self._gate.release(trace)
 
     def _keep(self, body: ChatBody, id_: str, trace: Trace, texts: list[str], finished: bool = True) -> None:
