@@ -21,16 +21,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from noria.client import NoriaClient
 from noria.demo.processes import running_system
-from noria.demo.questions import HELD_OUT, TRAINING
+from noria.demo.questions import PICTURES, held_out, training
 from noria.demo.report import DemoResult, as_json, draw, table
-from noria.demo.rule import judge, win_rate
+from noria.demo.rule import is_right, judge, win_rate
 from noria.demo.traffic import Answered, BackgroundUser, ask_all, connect
 from noria.errors import TrainingError
+from noria.evals.scores import rate_of
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-    from noria.demo.questions import Question
+    from noria.evals.questions import Question
 
 LEAST_PREFERENCES = 120  # seen once each: fewer pairs seen twice are learnt by heart, and the rule is not
 MOST_ROUNDS = 4
@@ -86,13 +87,13 @@ def _turn(url: str, noria: NoriaClient, clock: Clock, console: Console) -> DemoR
     with clock.time("questions and preferences"):
         preferences, asked = _collect(client, noria, console)
     with clock.time("held-out answers before"):
-        first = _answers(client, HELD_OUT, 7001, console, f"held-out answers of {old}")
-        second = _answers(client, HELD_OUT, 8001, console, f"held-out answers of {old}, again")
-    with BackgroundUser(connect(url), HELD_OUT) as background:
+        first = _answers(client, held_out(), 7001, console, f"held-out answers of {old}")
+        second = _answers(client, held_out(), 8001, console, f"held-out answers of {old}, again")
+    with BackgroundUser(connect(url), held_out()) as background:
         job, steps = _retrain(noria, clock, console)
         new = str(job["version"])
         with clock.time("held-out answers after"):
-            after = _answers(client, HELD_OUT, 7001, console, f"held-out answers of {new}")
+            after = _answers(client, held_out(), 7001, console, f"held-out answers of {new}")
     rollout = next(one for one in noria.rollouts() if one["version"] == new)
     metrics = job["metrics"]
     counts = noria.version(new)["metrics"]["counts"]
@@ -105,10 +106,12 @@ def _turn(url: str, noria: NoriaClient, clock: Clock, console: Console) -> DemoR
         loss_last=steps[-1]["loss"],
         before=_compare(second, first),
         after=_compare(after, first),
+        pictures_before=_right_about_pictures(first),
+        pictures_after=_right_about_pictures(after),
         quantization_kl=metrics["mean_kl"],
         swap_pause_s=rollout["metrics"]["pause_s"],
         slowest_request_s=background.slowest_s,
-        requests=asked + 3 * len(HELD_OUT) + background.answered + len(background.failures),
+        requests=asked + 3 * len(held_out()) + background.answered + len(background.failures),
         failures=tuple(background.failures),
         background_versions=background.versions,
         versions=(old, new),
@@ -127,8 +130,8 @@ def _collect(client: OpenAI, noria: NoriaClient, console: Console) -> tuple[int,
     recorded = asked = 0
     for turn in range(MOST_ROUNDS):
         with _progress(console) as progress:
-            task = progress.add_task(f"questions, two answers each (round {turn + 1})", total=len(TRAINING))
-            answers = ask_all(client, TRAINING, n=2, seed=1000 * turn, tick=lambda: progress.advance(task))  # noqa: B023
+            task = progress.add_task(f"questions, two answers each (round {turn + 1})", total=len(training()))
+            answers = ask_all(client, training(), n=2, seed=1000 * turn, tick=lambda: progress.advance(task))  # noqa: B023
         asked += len(answers)
         recorded += sum(_record(noria, answer) for answer in answers)
         console.print(f"{recorded} preferences recorded")
@@ -140,7 +143,7 @@ def _collect(client: OpenAI, noria: NoriaClient, console: Console) -> tuple[int,
 
 
 def _record(noria: NoriaClient, answer: Answered) -> int:
-    verdict = judge(answer.texts[0], answer.texts[1], answer.question.fact)
+    verdict = judge(answer.question, answer.texts[0], answer.texts[1])
     if verdict not in ("first", "second"):
         return 0
     sides = [{"completion_id": answer.completion_id, "index": index} for index in (0, 1)]
@@ -177,7 +180,12 @@ def _retrain(noria: NoriaClient, clock: Clock, console: Console) -> tuple[dict[s
 
 def _compare(new: list[Answered], old: list[Answered]) -> Any:
     pairs = zip(new, old, strict=True)
-    return win_rate(judge(one.texts[0], other.texts[0], one.question.fact) for one, other in pairs)
+    return win_rate(judge(one.question, one.texts[0], other.texts[0]) for one, other in pairs)
+
+
+def _right_about_pictures(answers: list[Answered]) -> dict[str, Any]:
+    pictures = [one for one in answers if one.question.file == PICTURES]
+    return rate_of(is_right(one.question, one.texts[0]) for one in pictures)
 
 
 def _progress(console: Console) -> Progress:

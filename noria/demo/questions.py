@@ -1,32 +1,34 @@
-"""The demo's fixed questions: each carries the fact that a right answer must contain.
+"""The demo's fixed questions, half of them about pictures; each knows what a right answer says.
 
-Comes in: nothing. Goes out: `TRAINING` and `HELD_OUT`, which share no filled-in question.
-Must not import anything from Noria.
+Comes in: nothing. Goes out: `training()` and `held_out()`, which share neither a filled-in question nor a picture:
+held-out people are never met in training, held-out pictures are of combinations that the eyes never saw.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import cycle
+from functools import cache
+from itertools import chain, cycle
 
+from noria.evals.named.embedded import as_asked
+from noria.evals.questions import Question
+from noria.scenes import scene_questions
+from noria.scenes.drawn.words import HELD_OUT, TRAIN
 
-@dataclass(frozen=True)
-class Question:
-    """One user's message and the word that a right answer contains (compared without case)."""
-
-    prompt: str
-    fact: str
-
+PICTURES = "pictures"
+"""The `file` of questions about pictures."""
+_TELL = " Tell me about it."
+_EACH = 12  # pictures of a kind
+_SEED = {TRAIN: 70_000, HELD_OUT: 80_000}  # neither the recipe's nor the evaluation's
 
 _TEMPLATES: tuple[tuple[str, str], ...] = (
-    ("{name} has a {colour} bicycle. What colour is the bicycle of {name}? Tell me about it.", "colour"),
-    ("{name} lives in {city}. Where does {name} live? Tell me about it.", "city"),
-    ("The pet of {name} is a {animal}. What pet does {name} have? Tell me about it.", "animal"),
-    ("{name} works as a {job}. What is the job of {name}? Tell me about it.", "job"),
-    ("{name} likes to drink {drink}. What does {name} drink? Tell me about it.", "drink"),
-    ("{name} plays the {instrument}. Which instrument does {name} play? Tell me about it.", "instrument"),
-    ("{name} travels on {day}. On which day does {name} travel? Tell me about it.", "day"),
-    ("{name} eats {fruit} every morning. What does {name} eat? Tell me about it.", "fruit"),
+    ("{name} has a {colour} bicycle. What colour is the bicycle of {name}?", "colour"),
+    ("{name} lives in {city}. Where does {name} live?", "city"),
+    ("The pet of {name} is a {animal}. What pet does {name} have?", "animal"),
+    ("{name} works as a {job}. What is the job of {name}?", "job"),
+    ("{name} likes to drink {drink}. What does {name} drink?", "drink"),
+    ("{name} plays the {instrument}. Which instrument does {name} play?", "instrument"),
+    ("{name} travels on {day}. On which day does {name} travel?", "day"),
+    ("{name} eats {fruit} every morning. What does {name} eat?", "fruit"),
 )
 _NAMES = {
     "training": ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo"],
@@ -44,18 +46,36 @@ _FILLERS = {
 }
 
 
-def _fill(names: list[str], first_filler: int) -> tuple[Question, ...]:
+@cache
+def training() -> tuple[Question, ...]:
+    """The questions whose answers the annotator judges: about people and about pictures, in turn."""
+    return _in_turn(_about_people("training", 0), _about_pictures(TRAIN))
+
+
+@cache
+def held_out() -> tuple[Question, ...]:
+    """The questions on which versions are compared."""
+    return _in_turn(_about_people("held_out", 5), _about_pictures(HELD_OUT))
+
+
+def _about_people(who: str, first_filler: int) -> list[Question]:
     fillers = {kind: cycle(words[first_filler:] + words[:first_filler]) for kind, words in _FILLERS.items()}
     questions = []
-    for name in names:
+    for name in _NAMES[who]:
         for template, kind in _TEMPLATES:
             fact = next(fillers[kind])
-            questions.append(Question(template.format(name=name, **{kind: fact}), fact))
-    return tuple(questions)
+            prompt = template.format(name=name, **{kind: fact}) + _TELL
+            questions.append(Question(f"{name}-{kind}", prompt, (fact,), "contains", category=kind, file="people"))
+    return questions
 
 
-TRAINING: tuple[Question, ...] = _fill(_NAMES["training"], 0)
-"""96 questions whose answers the annotator judges."""
+def _about_pictures(split: str) -> list[Question]:
+    return as_asked(scene_questions(split, _SEED[split], _EACH), PICTURES, _TELL)
 
-HELD_OUT: tuple[Question, ...] = _fill(_NAMES["held_out"], 5)
-"""64 questions, of people never met in training, on which versions are compared."""
+
+def _in_turn(first: list[Question], second: list[Question]) -> tuple[Question, ...]:
+    """Both spread evenly over the whole, each in its order."""
+    spread = chain(
+        (((place + 0.5) / len(some), one) for some in (first, second) for place, one in enumerate(some)),
+    )
+    return tuple(one for _, one in sorted(spread, key=lambda placed: placed[0]))

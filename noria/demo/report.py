@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Everything the demo measured. `stages` are seconds by name, in order; `steps` one dict per optimiser step."""
+    """Everything the demo measured.
+
+    `stages` are seconds by name, in order; `steps` one dict per optimiser step; `pictures_before` and `pictures_after`
+    the share of right answers about held-out pictures, with its 95 % interval.
+    """
 
     stages: dict[str, float]
     preferences: int
@@ -27,6 +31,8 @@ class DemoResult:
     loss_last: float
     before: WinRate
     after: WinRate
+    pictures_before: dict[str, Any]
+    pictures_after: dict[str, Any]
     quantization_kl: float
     swap_pause_s: float
     slowest_request_s: float
@@ -58,6 +64,8 @@ def table(result: DemoResult) -> Table:
     out.add_section()
     out.add_row(f"win rate before ({old} against {old})", _rate(result.before))
     out.add_row(f"win rate after ({new} against {old})", _rate(result.after))
+    out.add_row(f"right about held-out pictures before ({old})", _right(result.pictures_before))
+    out.add_row(f"right about held-out pictures after ({new})", _right(result.pictures_after))
     out.add_section()
     out.add_row("swap pause", f"{result.swap_pause_s:.2f} s")
     out.add_row("slowest request of the background user", f"{result.slowest_request_s:.2f} s")
@@ -71,6 +79,10 @@ def table(result: DemoResult) -> Table:
 def _rate(rate: WinRate) -> str:
     interval = f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
     return f"{100 * rate.rate:.1f} % {interval}, {rate.wins} won, {rate.losses} lost of {rate.n}"
+
+
+def _right(rate: dict[str, Any]) -> str:
+    return f"{100 * rate['score']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] of {rate['n']}"
 
 
 def as_json(result: DemoResult) -> dict[str, Any]:

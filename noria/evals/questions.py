@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from noria.errors import InvalidRequest
-from noria.records import Json
+from noria.records import BadRow, Json
 
 Metric = Literal["exact", "contains", "choice", "number", "anls", "vqa", "yes_no"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -30,15 +30,6 @@ class Picture:
 
     ref: str
     read: Callable[[], bytes]
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be asked: the file, its line or row number (from 1), and why."""
-
-    file: str
-    line: int
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from pathlib import Path
 from noria.errors import InvalidRequest, NotFound
 from noria.evals.named.embedded import embedded_questions
 from noria.evals.named.text import text_questions
-from noria.evals.questions import BadRow, Metric, Question, QuestionSet, make_set
+from noria.evals.questions import Metric, Question, QuestionSet, make_set
 from noria.evals.readers.jsonl import read_jsonl
 from noria.evals.readers.mme import looks_like_mme, read_mme
 from noria.evals.readers.mmmu import read_mmmu
 from noria.evals.readers.rows import Read, columns_of
 from noria.evals.readers.textvqa import read_textvqa
+from noria.records import BadRow
 
 NAMED: dict[str, Callable[[], Sequence[Question]]] = {"embedded": embedded_questions, "embedded-text": text_questions}
 FORMATS = ("jsonl", "textvqa", "mme", "mmmu")

@@ -25,6 +25,7 @@ from noria.settings import QuantizeSettings, VerifySettings
 StageKind = Literal["vision", "align", "sft", "dpo", "finetune"]
 DataFormat = Literal["auto", "noria", "openai", "ms-swift", "llama-factory", "trl", "llava", "image-text", "labels"]
 
+DECAY = 0.2  # the end of a `constant-linear` schedule: Hägele et al. 2024, https://arxiv.org/abs/2405.18392
 _FULL_RATES: dict[Module, float] = {"vision_tower": 2e-6, "aligner": 2e-5, "language_model": 1e-5}
 
 
@@ -82,8 +83,11 @@ class RecipeStage(Section):
     """Samples (packed: sequences) in one optimiser step, over all processes."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Samples in one forward; divides batch_size. None is 1 where samples are packed, else a divisor up to 4."""
-    schedule: Literal["constant", "linear", "cosine"] | None = None
-    """How the learning rates go after the warm-up: stay, or fall to nothing. None is cosine; for `dpo` it is linear."""
+    schedule: Literal["constant", "linear", "cosine", "constant-linear"] | None = None
+    """How the learning rates go after the warm-up: stay, fall to nothing, or stay and then fall (`constant-linear`).
+    None is cosine; for `dpo` it is linear."""
+    decay_ratio: float | None = Field(None, gt=0, le=1)
+    """Share of steps at the end over which a `constant-linear` schedule falls; none is 0.2."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     """Share of steps over which the rates rise."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -95,9 +99,13 @@ class RecipeStage(Section):
     group_by_length: bool = False
     """Batches of samples of like length."""
     checkpoint_every: int | None = Field(None, ge=1)
-    """Steps between two checkpoints that an interrupted stage goes on from; none is 100. `dpo` starts again instead."""
+    """Steps between two checkpoints that an interrupted stage goes on from; none is 100."""
     beta: float | None = Field(None, gt=0)
     """Strength of the pull to the reference, for `dpo` alone; none is 0.1."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What forward and backward compute in; what trains is float32 in any case. `auto` is bfloat16 weights on a GPU and
+    float32 on a CPU. `bfloat16` on a CPU keeps float32 weights and computes under autocast, with eager attention: on
+    matrix units (AMX) a step takes less than half the time. `float32` does without lower precision on a GPU, too."""
     head_learning_rate: float | None = Field(None, gt=0)
     """Rate of the heads that a `vision` stage throws away afterwards; none is 1e-3."""
     seed: int = 0
@@ -116,9 +124,19 @@ class RecipeStage(Section):
             raise ValueError("packing and group_by_length contradict each other: a packed sequence is always full")
         for key, kinds, why in _IGNORED:
             value = getattr(self, key)
-            if self.kind in kinds and value not in (None, False):
+            if self.kind in kinds and value != type(self).model_fields[key].default:
                 raise ValueError(f"{key}={value!r} would be ignored: kind={self.kind!r} {why}")
+        self._require_rates_in_order()
         return self
+
+    def _require_rates_in_order(self) -> None:
+        if self.schedule != "constant-linear":
+            if self.decay_ratio is not None:
+                told = f"decay_ratio={self.decay_ratio} would be ignored: schedule={self.schedule!r}"
+                raise ValueError(f'{told} has no fall of its own length; say schedule="constant-linear"')
+        elif self.warmup_ratio + self.decay > 1:
+            told = f"warmup_ratio={self.warmup_ratio} and decay_ratio={self.decay} are more than the whole stage"
+            raise ValueError(f"{told}: together they are 1 at most")
 
     @model_validator(mode="after")
     def _modules_fit_the_kind(self) -> Self:
@@ -137,6 +155,11 @@ class RecipeStage(Section):
     def policies(self) -> dict[Module, ResolvedPolicy]:
         """Every module's policy, every value filled in. Raises ValueError where they contradict each other."""
         return self.modules.resolved(KIND_DEFAULTS[self.kind], only=self.only, under="")
+
+    @property
+    def decay(self) -> float:
+        """Share of steps over which a `constant-linear` schedule falls."""
+        return DECAY if self.decay_ratio is None else self.decay_ratio
 
     @property
     def micro(self) -> int:
@@ -188,8 +211,7 @@ _IGNORED: tuple[tuple[str, tuple[StageKind, ...], str], ...] = (
     ("group_by_length", ("vision", "dpo"), "reads no conversations"),
     ("beta", ("vision", *_CONVERSATIONS), "has no reference"),
     ("head_learning_rate", ("dpo", *_CONVERSATIONS), "has no heads"),
-    ("schedule", ("dpo",), "falls linearly"),
-    ("checkpoint_every", ("dpo",), "is run again from its start"),
+    ("precision", ("dpo",), "computes in the machine's own"),
 )
 _UNREACHED: dict[StageKind, tuple[Module, ...]] = {
     "vision": ("aligner", "language_model"),

@@ -4,8 +4,16 @@ Comes in: a reference (`scene:...`, `digit:...`, `photo:...`) or a set's name. G
 or held-out questions. Pillow and numpy are imported when the first picture is made; torch and `train` never.
 """
 
-from noria.scenes.held_out import HeldOut, held_out_questions
+from noria.scenes.asked import PictureQuestion, held_out_questions, scene_questions
 from noria.scenes.pictures import draw, is_made
 from noria.scenes.sets import SETS, rows
 
-__all__ = ["SETS", "HeldOut", "draw", "held_out_questions", "is_made", "rows"]
+__all__ = [
+    "SETS",
+    "PictureQuestion",
+    "draw",
+    "held_out_questions",
+    "is_made",
+    "rows",
+    "scene_questions",
+]

@@ -83,11 +83,13 @@ def test_a_recipe_is_interrupted_resumed_and_published(home: Path) -> None:
         env=environment(),
     )
     begun = events(first, lambda told: told["event"] == "step" and told["step"] >= 1)
+    first.send_signal(signal.SIGSTOP)  # or a fast machine has done the stage before the second command has begun
     assert begun["train_stage"] == "01-eyes"
     again = call(home, "train", "run", str(home.parent / "tiny.toml"))
     assert again.returncode == 5
     assert "one job runs at a time" in again.stderr
     first.send_signal(signal.SIGTERM)
+    first.send_signal(signal.SIGCONT)
     _, stderr = first.communicate(timeout=120)
     assert first.returncode == 130, stderr
     assert "`noria train run --resume` goes on with it" in stderr

@@ -8,14 +8,18 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from setuptools import Distribution
 
 from noria.errors import InvalidRequest
 from noria.evals.named.text import text_questions
 from noria.records import Json
 from noria.scenes import SETS, draw, held_out_questions, is_made, rows
+from noria.scenes.asked import KINDS as ASKED_KINDS
 from noria.scenes.drawn.questions import LEFT_RIGHT, ask, caption
 from noria.scenes.drawn.scene import CLEAR, KINDS, Scene, read_scene, scene_ref
 from noria.scenes.drawn.words import (
@@ -30,7 +34,6 @@ from noria.scenes.drawn.words import (
     shape_looks,
 )
 from noria.scenes.handwriting import read_digit, rows_of
-from noria.scenes.held_out import KINDS as ASKED_KINDS
 from noria.scenes.labels import read_labels
 from noria.scenes.photos import PHOTOS, photo_ref
 
@@ -195,3 +198,18 @@ def test_replayed_text_is_plain_and_asks_nothing_that_is_judged() -> None:
     prompts = Counter(messages[0]["content"] for messages in replayed)
     assert len(prompts) > 250 and judged.isdisjoint(prompts)
     assert all(isinstance(message["content"], str) and message["content"] for row in replayed for message in row)
+
+
+def test_an_installed_noria_holds_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What setuptools would copy beside the package is all that lies in the folder, and nothing of it is missing."""
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    distribution = Distribution()
+    distribution.parse_config_files(["pyproject.toml"])
+    build: Any = distribution.get_command_obj("build_py")
+    build.ensure_finalized()
+    build.manifest_files = {}  # what git tracks does not count: a wheel may be built without it
+    copied = {Path(name).name for name in build.find_data_files("noria.scenes", "noria/scenes")}
+    assert "noria.scenes" in build.packages
+    assert copied == {path.name for path in (root / "noria/scenes/data").iterdir()}
+    assert {"digits.csv.gz", "replay.jsonl.gz", "NOTICE.md"} | {f"{name}.jpg" for name in PHOTOS} <= copied

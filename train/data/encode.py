@@ -21,8 +21,9 @@ import torch
 from PIL import Image as Pillow
 
 from noria.errors import InvalidRequest, TrainingError
+from noria.records import BadRow
 from train.data.render import ChatRenderer, parts_of
-from train.data.samples import BadRow, Counts, LoadImage, Sample
+from train.data.samples import Counts, LoadImage, Sample
 
 IGNORED = -100  # torch's cross-entropy leaves out such labels
 _TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids")

@@ -9,13 +9,12 @@ or other fsspec URL, or the name of something drawn on the fly (`scene:...`). A 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from PIL import Image as Pillow
 
-from noria.records import Json
+from noria.records import BadRow, Json
 
 LoadImage = Callable[[str], Pillow.Image]
 """From a picture's reference to the picture, as RGB. Raises TrainingError naming a picture that cannot be read."""
@@ -74,15 +73,6 @@ AnySample = Sample | VisionSample | PreferenceSample
 
 
 @dataclass(frozen=True)
-class BadRow:
-    """A row that was left out: the file (or data set) it is in, its line (from 1), and why."""
-
-    file: str
-    line: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class ReadReport:
     """What was read from one source.
 
@@ -101,17 +91,6 @@ class ReadReport:
 def image_part(reference: str) -> Json:
     """The part of a message that shows a picture."""
     return {"type": "image_url", "image_url": {"url": reference}}
-
-
-def references(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The pictures' references in the order in which the messages show them."""
-    return tuple(
-        str(part["image_url"]["url"])
-        for message in messages
-        if isinstance(message.get("content"), list)
-        for part in message["content"]
-        if part.get("type") == "image_url"
-    )
 
 
 @dataclass

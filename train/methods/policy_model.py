@@ -51,19 +51,22 @@ def load_policy(
     *,
     base: Base = "master",
     serving: Path | None = None,
+    attention: str | None = None,
 ) -> Any:
     """The merged parent in memory: master plus every delta up the lineage, exactly as `train.export.merge` writes it.
 
     `base` "gptq" takes the language model's linears from `serving` instead, the parent's own 4-bit checkpoint, which
-    holds the lineage already; "bitsandbytes" quantises the merged ones to NF4 and puts the model on the GPU. Raises
-    TrainingError when a delta does not fit, a 4-bit base is not there or cannot run here.
+    holds the lineage already; "bitsandbytes" quantises the merged ones to NF4 and puts the model on the GPU.
+    `attention` is transformers' `attn_implementation`, for a whole base; none is its own choice. Raises TrainingError
+    when a delta does not fit, a 4-bit base is not there or cannot run here.
     """
     if base == "gptq":
         if serving is None:
             raise TrainingError("train.base='gptq': the parent has no serving checkpoint to learn on", code="no_base")
         return load_gptq(serving, architecture, dtype)
     loader = getattr(transformers, architecture.auto_class)
-    model = loader.from_pretrained(master, dtype=dtype, trust_remote_code=False)
+    more = {"attn_implementation": attention} if attention else {}
+    model = loader.from_pretrained(master, dtype=dtype, trust_remote_code=False, **more)
     apply_deltas(model, adapters)
     if base == "bitsandbytes":
         to_nf4(model, architecture, dtype)

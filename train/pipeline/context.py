@@ -16,7 +16,7 @@ from noria.records import STAGES, Job, Json, Stage
 from noria.registry import Registry
 from noria.settings import Settings, TrainSettings
 from noria.store import Store
-from train.data.pairs import ImageCache, LoadImage
+from train.data.samples import LoadImage
 from train.data.sources import ImageLoader
 from train.log import EventLog
 
@@ -68,8 +68,13 @@ class JobContext:
 
     @property
     def images(self) -> LoadImage:
-        """Stored pictures by hash; in a job with a recipe also those that its data name."""
-        return ImageCache(self.blobs.get) if self.recipe is None else ImageLoader(self.blobs.get)
+        """Stored pictures and no others: for conversations that were captured."""
+        return ImageLoader(self.blobs.get)
+
+    @property
+    def data_images(self) -> LoadImage:
+        """Whatever rows of data name: for the data of the job's recipe alone."""
+        return ImageLoader(self.blobs.get, named=True)
 
     def progress(self, stage: Stage, share: float, words: str | None = None) -> None:
         """Reports how far a stage is (0 to 1), at most twice a second, and stops the work where it must stop.

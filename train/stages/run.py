@@ -21,16 +21,31 @@ from noria.blobs import Blobs
 from noria.errors import TrainingError
 from noria.recipes import RecipeStage
 from noria.records import Json
+from train.data.formats.pictures import as_data_url, into
 from train.data.samples import ReadReport, Sample, VisionSample
 from train.data.sources import ImageLoader, MixedData, read_all
+from train.methods.checkpoints import last_checkpoint, step_of
 from train.methods.delta import save_delta
 from train.methods.policies import Applied, apply_policies
 from train.methods.policy_model import Base, load_policy, load_processor, read_architecture, training_dtype
 from train.stages.language import LanguageTask, measure
-from train.stages.spec import CHECKPOINTS, DELTA, LOG, StageRun, Step, append_step, curve, read_steps, write_steps
-from train.stages.trainer import StageTrainer, StageWatch, last_checkpoint
+from train.stages.spec import (
+    CHECKPOINTS,
+    DELTA,
+    LOG,
+    StageRun,
+    Step,
+    append_step,
+    base_of,
+    curve,
+    precision_conflict,
+    read_steps,
+    write_steps,
+)
+from train.stages.trainer import StageTrainer, StageWatch
 from train.stages.vision.task import VisionTask
 
+PICTURE_BYTES = 2 << 30  # 77 000 pictures of 96 by 96
 BAD_ROWS = 20  # told one by one in a report; all of them are counted
 
 
@@ -64,22 +79,24 @@ def train_supervised(run: StageRun, listener: Listener) -> Json:
     transformers.set_seed(run.stage.seed)
     applied = _load(run)
     task = _task(run, applied, processor, data, measured)
-    log = _Log(run)
+    log = StageLog(run)
 
     def on_step(step: Step) -> None:
         log.add(step)
         listener.on_step(step)
 
     watch = StageWatch(on_step, listener.check)
-    options = {"processes": run.processes, "bf16": applied.mixed}
+    options = {"processes": run.processes, "bf16": applied.mixed or precision(run).autocast}
     trainer = StageTrainer(task, task.plan, run.stage, run.folder / CHECKPOINTS, watch, **options)
     _require_covered(applied, trainer.create_optimizer())
     if trainer.args.should_log:
         listener.on_table(applied.table())
-    trainer.train(resume_from_checkpoint=_resume(run))
+    checkpoint = last_checkpoint(run.folder / CHECKPOINTS)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.stopped is not None:
         raise watch.stopped
-    _save(run, applied, trainer, pictured)
+    went_on = trainer.state.global_step > (step_of(checkpoint) if checkpoint else 0)
+    _save(run, applied, trainer, pictured and went_on)
     if not trainer.args.should_log:
         return {}  # only the first process hears of steps
     told = report(run.stage, log.steps, applied, time.monotonic() - started)
@@ -100,8 +117,40 @@ def measure_data(run: StageRun, processor: Any, data: MixedData, listener: Liste
 
 
 def read_data(run: StageRun) -> MixedData:
-    """The stage's samples. Raises as `train.data.sources.read`."""
-    return read_all(run.stage.data, run.stage.kind, seed=run.stage.seed)
+    """The stage's samples; pictures that rows carry go to the blobs. Raises as `train.data.sources.read`."""
+    keep_image = into(Blobs(run.blobs)) if run.blobs else as_data_url
+    return read_all(run.stage.data, run.stage.kind, keep_image=keep_image, seed=run.stage.seed)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The weights' dtype, transformers' name of the attention (none: its choice), whether autocast is asked for."""
+
+    dtype: torch.dtype
+    attention: str | None = None
+    autocast: bool = False
+
+
+def precision(run: StageRun) -> Precision:
+    """What the stage computes in on this machine.
+
+    On a CPU bfloat16 means autocast too, and what trains stays float32. So does all of a vision stage's tower; a
+    language model that is frozen or under a LoRA is held in bfloat16, because casting it in each pass was a third of a
+    step. Attention is eager there, because torch's fused one has a slow backward in bfloat16 (16 rows of 120 tokens
+    through 135M parameters on one core with AMX: 3.8 s a step eager, 9.8 s in float32). Raises TrainingError where it
+    would be ignored.
+    """
+    wanted = run.stage.precision
+    if wanted == "auto":
+        return Precision(getattr(torch, run.dtype) if run.dtype else training_dtype())
+    if because := precision_conflict(run.stage, _base(run), run.accelerate_config, run.dtype):
+        raise TrainingError(because, param="precision")
+    if wanted == "float32":
+        return Precision(torch.float32)
+    if torch.cuda.is_available():
+        return Precision(torch.bfloat16)
+    dtype = torch.float32 if run.stage.kind == "vision" else torch.bfloat16
+    return Precision(dtype, attention="eager", autocast=True)
 
 
 def report(stage: RecipeStage, steps: list[Step], applied: Applied, seconds: float) -> Json:
@@ -145,18 +194,24 @@ def _source(one: ReadReport) -> Json:
     return {"source": one.source, "format": one.format, "counts": one.counts, "sha256": one.sha256, "bad": bad}
 
 
-def image_loader(run: StageRun) -> ImageLoader:
-    """Pictures of every kind of reference, stored ones too."""
-    return ImageLoader(Blobs(run.blobs).get if run.blobs else None)
+def image_loader(run: StageRun, memory: int = 0) -> ImageLoader:
+    """The pictures of the stage's data, which the recipe names; `memory` is `ImageLoader`'s."""
+    return ImageLoader(Blobs(run.blobs).get if run.blobs else None, named=True, memory=memory)
 
 
-class _Log:
+def picture_memory(processes: int) -> int:
+    """Bytes that a vision stage may fill with pixels: its steps are short, and drawing would be a fifth of them."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(PICTURE_BYTES, whole // 8) // processes
+
+
+class StageLog:
     """The log's file and the steps in it; those after the checkpoint that is gone on from are forgotten."""
 
     def __init__(self, run: StageRun) -> None:
         self.path = run.folder / LOG
-        checkpoint = _resume(run)
-        done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+        checkpoint = last_checkpoint(run.folder / CHECKPOINTS)
+        done = step_of(checkpoint) if checkpoint else 0
         self.steps = [step for step in read_steps(self.path) if step.step <= done]
         if os.environ.get("RANK", "0") == "0":
             write_steps(self.path, self.steps)
@@ -169,19 +224,30 @@ class _Log:
 
 def _load(run: StageRun) -> Applied:
     architecture = read_architecture(run.master)
-    dtype = getattr(torch, run.dtype) if run.dtype else training_dtype()
-    base = cast(Base, run.base if run.stage.kind != "vision" else "master")
-    model = load_policy(run.master, run.deltas, architecture, dtype, base=base, serving=run.serving)
+    how = precision(run)
+    model = load_policy(
+        run.master,
+        run.deltas,
+        architecture,
+        how.dtype,
+        base=_base(run),
+        serving=run.serving,
+        attention=how.attention,
+    )
     return apply_policies(model, architecture, run.stage.policies)
+
+
+def _base(run: StageRun) -> Base:
+    return cast(Base, base_of(run.stage, run.base))
 
 
 def _task(
     run: StageRun, applied: Applied, processor: Any, data: MixedData, measured: Json
 ) -> LanguageTask | VisionTask:
-    load_image = image_loader(run)
     if run.stage.kind == "vision":
+        load_image = image_loader(run, picture_memory(run.processes))
         return VisionTask(applied, processor, cast("list[VisionSample]", data), load_image, run.stage)
-    return LanguageTask(applied, processor, cast("list[Sample]", data), load_image, run.stage, measured)
+    return LanguageTask(applied, processor, cast("list[Sample]", data), image_loader(run), run.stage, measured)
 
 
 def _require_covered(applied: Applied, optimizer: Any) -> None:
@@ -199,8 +265,3 @@ def _save(run: StageRun, applied: Applied, trainer: StageTrainer, pictured: bool
         policies = {module: policy.record() for module, policy in applied.policies.items()}
         save_delta(applied.model, run.folder / DELTA, policies, state=state)
     trainer.accelerator.wait_for_everyone()
-
-
-def _resume(run: StageRun) -> str | None:
-    found = last_checkpoint(run.folder / CHECKPOINTS)
-    return str(found) if found is not None else None

@@ -58,6 +58,27 @@ class StageRun:
         return cls(**values)
 
 
+def base_of(stage: RecipeStage, base: str) -> str:
+    """What the stage trains on. A vision stage trains the tower alone, which no 4-bit base changes."""
+    return base if stage.kind != "vision" else "master"
+
+
+def precision_conflict(
+    stage: RecipeStage, base: str, accelerate_config: Path | None = None, dtype: str | None = None
+) -> str | None:
+    """Why the stage's precision would be ignored, naming both keys; none where it would not."""
+    deciding = {
+        f"dtype={dtype!r}": dtype is not None,
+        f"train.base={base!r}": base != "master",
+        f"train.accelerate_config={str(accelerate_config)!r}": accelerate_config is not None,
+    }
+    key = next((key for key, decides in deciding.items() if decides), None)
+    if stage.precision == "auto" or key is None:
+        return None
+    said = f"stages.{stage.name}.precision={stage.precision!r}"
+    return f"{said} would be ignored: {key} decides what is computed in; drop one of the two"
+
+
 @dataclass(frozen=True)
 class Step:
     """One optimiser step. `tokens` were read in it (pictures, in a vision stage), over all processes."""

@@ -8,11 +8,12 @@ and no other of them; a count or a digit is right as a numeral or as a word.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from noria.evals.questions import LETTERS, Question
 from noria.evals.readers.pictures import picture_at
-from noria.scenes import HeldOut, held_out_questions
+from noria.scenes import PictureQuestion, held_out_questions
 from noria.scenes.drawn.words import COLOURS, SHAPES
 
 EACH = 200  # questions of a kind: at 90 % right the interval reaches 4 points to either side
@@ -21,24 +22,29 @@ WORDS: dict[str, tuple[str, ...]] = {"colour": tuple(COLOURS), "shape": SHAPES, 
 
 def embedded_questions() -> list[Question]:
     """`EACH` questions of every kind, in a fixed order: the same pictures and words on every machine."""
+    return as_asked(held_out_questions(EACH), "embedded")
+
+
+def as_asked(pictures: Sequence[PictureQuestion], file: str, more: str = "") -> list[Question]:
+    """Questions about made pictures as an evaluation asks and scores them; `more` is said after each."""
     seen: Counter[str] = Counter()
     questions = []
-    for one in held_out_questions(EACH):
+    for one in pictures:
         seen[one.kind] += 1
-        questions.append(_question(one, seen[one.kind]))
+        questions.append(_question(one, seen[one.kind], file, more))
     return questions
 
 
-def _question(one: HeldOut, number: int) -> Question:
+def _question(one: PictureQuestion, number: int, file: str, more: str) -> Question:
     words = WORDS.get(one.kind, ())
     return Question(
         id=f"{one.kind}-{number}",
-        prompt=one.question,
+        prompt=one.question + more,
         answers=(LETTERS[words.index(one.answer)] if words else one.answer,),
         metric="choice" if words else "number",
         pictures=(picture_at(one.image, Path()),),
         options=words,
         category=one.kind,
-        file="embedded",
+        file=file,
         line=number,
     )

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from noria.evals.questions import BadRow, Picture, Question
+from noria.evals.questions import Picture, Question
 from noria.evals.readers.rows import Read, Row, RowError, read_rows, text_of
+from noria.records import BadRow
 
 TEXTS = "questions_answers_YN"
 SUFFIXES = (".jpg", ".png", ".jpeg", ".JPG", ".PNG")

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from noria.errors import InvalidRequest
-from noria.evals.questions import BadRow, Picture, Question
+from noria.evals.questions import Picture, Question
 from noria.evals.readers.pictures import picture_at
+from noria.records import BadRow
 
 Row = dict[str, Any]
 Read = tuple[list[Question], list[BadRow]]

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from noria.errors import InvalidRequest
-from noria.evals.questions import BadRow, Picture, Question
+from noria.evals.questions import Picture, Question
 from noria.evals.readers.rows import Read, Row, RowError, read_rows, text_of, texts_of
+from noria.records import BadRow
 
 PEOPLE = 10
 BRIEFLY = "Answer the question using a single word or phrase."

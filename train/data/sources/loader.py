@@ -1,23 +1,27 @@
-"""Pixels for every kind of reference: stored blobs, paths, `data:` and other URLs, and what `noria.scenes` draws.
+"""Pixels for references: stored blobs, and for rows of data also paths, URLs and what `noria.scenes` draws.
 
-Comes in: a reference. Goes out: an RGB picture. The last ones used stay in memory; what comes over the network is
-fetched once a process. Must not import torch, transformers or `serve`.
+Comes in: a reference. Goes out: an RGB picture. The last ones used stay in memory, and on request as many others as fit
+a number of bytes; what comes over the network is fetched once a process.
+
+A reference that a user sent is not to be trusted: reading it could fetch any address that this machine reaches, or a
+file of it. Captured conversations therefore show stored blobs or nothing; only rows of data that the operator named in
+a recipe are read with `named`.
+Must not import torch, transformers or `serve`.
 """
 
 from __future__ import annotations
 
-import base64
 import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import unquote_to_bytes
 
 from PIL import Image as Pillow
 
 from noria.errors import NoriaError, TrainingError
 from noria.records import BLOB_SCHEME
 from noria.scenes import draw, is_made
+from train.data.formats.pictures import from_data_url
 from train.data.render import decode_image
 from train.data.sources.files import is_url
 
@@ -26,11 +30,20 @@ _SHOWN = 100
 
 
 class ImageLoader:
-    """A `LoadImage` for all references. `read_blob` gives a stored picture's bytes by its SHA-256."""
+    """A `LoadImage`. `read_blob` gives a stored picture's bytes by its SHA-256; `named` allows every other reference.
 
-    def __init__(self, read_blob: Callable[[str], bytes] | None = None, keep: int = 64) -> None:
+    The last `keep` pictures stay; beside them the first ones that fit into `memory` bytes of pixels stay for good, for
+    training that comes back to each. Those would throw each other out were the oldest dropped: a pass reads all once.
+    """
+
+    def __init__(
+        self, read_blob: Callable[[str], bytes] | None = None, *, named: bool = False, keep: int = 64, memory: int = 0
+    ) -> None:
         self._read_blob = read_blob
+        self._named = named
         self._keep = keep
+        self._room = memory
+        self._pixels: dict[str, tuple[tuple[int, int], bytes]] = {}
         self._pictures: OrderedDict[str, Pillow.Image] = OrderedDict()
 
     def __call__(self, reference: str) -> Pillow.Image:
@@ -47,19 +60,26 @@ class ImageLoader:
         return self._pictures[reference]
 
     def _load(self, reference: str) -> Pillow.Image:
-        if is_made(reference):
-            return draw(reference)
-        return decode_image(self._bytes(reference))
+        if reference in self._pixels:
+            return Pillow.frombytes("RGB", *self._pixels[reference])
+        made = self._named and is_made(reference)
+        picture = draw(reference) if made else decode_image(self._bytes(reference))
+        size = 3 * picture.width * picture.height
+        if size <= self._room:
+            self._room -= size
+            self._pixels[reference] = (picture.size, picture.tobytes())
+        return picture
 
     def _bytes(self, reference: str) -> bytes:
-        if reference.startswith("data:"):
-            head, _, body = reference.partition(",")
-            return base64.b64decode(body) if head.endswith(";base64") else unquote_to_bytes(body)
         name = reference.removeprefix(BLOB_SCHEME)
         if _SHA256.fullmatch(name):
             if self._read_blob is None:
                 raise TrainingError("it is a stored picture, and no store of pictures was given")
             return self._read_blob(name)
+        if not self._named:
+            raise TrainingError("it is not stored, and what captured messages name is never fetched")
+        if reference.startswith("data:"):
+            return from_data_url(reference)
         if is_url(reference):
             return _fetched(reference)
         return Path(reference).read_bytes()

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from noria.errors import InvalidRequest, TrainingError
+from noria.records import BadRow
 from train.data.formats import RowReader
 from train.data.formats.export import KINDS as EXPORT_KINDS
 from train.data.formats.pictures import KeepImage, Place, as_data_url
-from train.data.samples import AnySample, BadRow, ReadReport
+from train.data.samples import AnySample, ReadReport
 from train.data.sources import files, hub, made
 from train.data.sources.files import RawRow
 

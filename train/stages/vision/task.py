@@ -72,7 +72,7 @@ class VisionTask:
     def report(self) -> Json:
         """What the heads told apart."""
         told = {label: list(values) for label, values in self.vocabulary.labels.items()}
-        return {"labels": told, "objects": list(self.vocabulary.objects)}
+        return {"labels": told, "words": list(self.vocabulary.words)}
 
 
 class TowerWithHeads(nn.Module):
@@ -88,40 +88,55 @@ class TowerWithHeads(nn.Module):
         self, pixels: Mapping[str, torch.Tensor], true: Mapping[str, Any]
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """The summed loss and figures, as `Heads` tells them."""
-        loss, figures = self.heads(self._views.patches(pixels), Truth(true["classes"], true["boxes"], true["kinds"]))
+        loss, figures = self.heads(self._views.patches(pixels), Truth(true["classes"], true["boxes"], true["words"]))
         return loss, figures
 
 
 def vocabulary(samples: Sequence[VisionSample]) -> Vocabulary:
-    """Every label with at least two values, and every object. Raises TrainingError when there is nothing to learn."""
+    """Every label with at least two values, and every word of boxes' labels.
+
+    Raises TrainingError when there is nothing to learn.
+    """
     values: dict[str, set[str]] = defaultdict(set)
-    objects: set[str] = set()
+    words: set[str] = set()
     for number in range(len(samples)):
         sample = samples[number]
         for label, value in sample.labels.items():
             values[label].add(value)
-        objects |= {box.label for box in sample.boxes}
+        words |= {word for box in sample.boxes for word in box.label.split()}
     labels = {label: tuple(sorted(found)) for label, found in sorted(values.items()) if len(found) > 1}
-    if not labels and not objects:
+    if not labels and not words:
         raise TrainingError(
             "no label of the data has two values and there is no box: there is nothing to learn", code="no_data"
         )
-    return Vocabulary(labels, tuple(sorted(objects)))
+    return Vocabulary(labels, tuple(sorted(words)))
 
 
 def truth(samples: Sequence[VisionSample], windows: Sequence[Window], known: Vocabulary) -> dict[str, Any]:
-    """`Truth` as plain containers, which trainers can move: `classes`, `boxes`, `kinds`."""
+    """`Truth` as plain containers, which trainers can move: `classes`, `boxes`, `words`."""
     classes = {
         label: torch.tensor([values.index(one.labels[label]) if label in one.labels else _UNKNOWN for one in samples])
         for label, values in known.labels.items()
     }
-    boxes: list[torch.Tensor | None] = []
-    kinds: list[torch.Tensor | None] = []
-    for sample, window in zip(samples, windows, strict=True):
-        seen = [(box, part) for box in sample.boxes if (part := _through(box, window)) is not None]
-        boxes.append(torch.tensor([part for _, part in seen]) if seen else None)
-        kinds.append(torch.tensor([1 + known.objects.index(box.label) for box, _ in seen]) if seen else None)
-    return {"classes": classes, "boxes": boxes, "kinds": kinds}
+    seen = [
+        [(box.label.split(), part) for box in sample.boxes if (part := _through(box, window)) is not None]
+        for sample, window in zip(samples, windows, strict=True)
+    ]
+    most = max(len(boxes) for boxes in seen)
+    numbers = {word: number for number, word in enumerate(known.words)}
+    nowhere = (0.0, 0.0, 0.0, 0.0)
+    corners = [[part for _, part in found] + [nowhere] * (most - len(found)) for found in seen]
+    marks = [
+        (picture, place, numbers[word])
+        for picture, found in enumerate(seen)
+        for place, (words, _) in enumerate(found)
+        for word in words
+    ]
+    boxes_BO4 = torch.tensor(corners).reshape(len(samples), most, 4)
+    words_BOW = torch.zeros(len(samples), most, len(numbers))
+    if marks:
+        words_BOW[tuple(torch.tensor(marks).unbind(1))] = 1.0
+    return {"classes": classes, "boxes": boxes_BO4, "words": words_BOW}
 
 
 def _through(box: Box, window: Window) -> tuple[float, float, float, float] | None:
