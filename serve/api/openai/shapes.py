@@ -63,7 +63,9 @@ def _store_message(message_id: str, message: Json, picture: Callable[[str], str 
 
 def _with_picture(part: Any, picture: Callable[[str], str | None]) -> Any:
     shown = part.get("image_url") if isinstance(part, dict) else None
-    url = shown.get("url") if isinstance(shown, dict) else None  # one that was not stored may be a plain string
+    if not isinstance(shown, dict):  # one that was not stored may be a plain string
+        return part
+    url = shown.get("url")
     if not isinstance(url, str) or not url.startswith(BLOB_SCHEME):
         return part
     return {**part, "image_url": {**shown, "url": picture(url.removeprefix(BLOB_SCHEME)) or url}}
