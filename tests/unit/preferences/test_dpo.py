@@ -15,48 +15,24 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 import transformers
-from PIL import Image
 from safetensors.torch import load_file
 
 from noria.errors import LeaseLost, TrainingError
-from noria.records import BLOB_SCHEME, Json, Pair
 from noria.settings import TrainSettings
 from tests.flow.rtn import quantize_rtn
 from tests.unit.broken import poisoned, with_nan
-from train.data.pairs import PairRenderer, TextPair
-from train.data.render import ChatRenderer
+from tests.unit.preferences.material import load_image, text_pairs, token_logps
+from train.data.pairs import TextPair
 from train.methods.frozen import FrozenModule, require_equal
 from train.methods.policies import apply_policies
 from train.methods.policy_model import load_policy, load_processor, read_architecture
 from train.methods.preferences.method import MethodReport, train_method
 from train.methods.preferences.steps import Step
 
-COLOURS = ("red", "green", "blue")
-
-
-def load_image(sha256: str) -> Image.Image:
-    """A stored picture: here its name is its colour."""
-    return Image.new("RGB", (40, 24), sha256)
-
-
-def pair(number: int) -> Pair:
-    """Even ones show a picture, odd ones are text alone."""
-    colour = COLOURS[number % len(COLOURS)]
-    shown: list[Json] = [{"type": "image_url", "image_url": {"url": BLOB_SCHEME + colour}}]
-    content: Any = [*shown, {"type": "text", "text": "what is it"}] if number % 2 == 0 else f"say {colour} {number}"
-    images = (colour,) if number % 2 == 0 else ()
-    messages = ({"role": "user", "content": content},)
-    return Pair(f"pref_{number}", f"h{number}", messages, f"a {colour} square", "no" + " a" * number, 1.0, None, images)
-
 
 @pytest.fixture(scope="module")
-def renderer(tiny_vlm: Path) -> PairRenderer:
-    return PairRenderer(ChatRenderer(load_processor(tiny_vlm)), load_image)
-
-
-@pytest.fixture(scope="module")
-def pairs(renderer: PairRenderer) -> list[TextPair]:
-    return [renderer.render(pair(number)) for number in range(6)]
+def pairs(tiny_vlm: Path) -> list[TextPair]:
+    return text_pairs(tiny_vlm, 6)
 
 
 def settings(modules: dict[str, Any] | None = None, **dpo: Any) -> TrainSettings:
@@ -107,33 +83,22 @@ def test_the_first_loss_is_ln_2_and_an_overfit_batch_goes_down(trained: tuple[Pa
     assert steps[0].margin == 0.0
     assert len(steps) == report.steps == 3
     assert steps[-1].loss < 0.5
+    assert steps[-1].margin is not None
     assert steps[-1].margin > 0.3
     assert report.loss_last == steps[-1].loss
     assert all(math.isfinite(step.grad_norm) and step.grad_norm > 0 for step in steps)
 
 
-def answer_logp(model: Any, processor: Any, one: TextPair, answer: str) -> float:
-    """Sum of log p(token) over the answer's tokens, one sequence at a time, from full logits."""
-    pictures = [load_image(sha256) for sha256 in one.images]
-    inputs = processor(text=[one.prompt], images=pictures or None, return_tensors="pt", add_special_tokens=False)
-    answer_ids = processor.tokenizer(answer, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    prompt_length = inputs["input_ids"].shape[1]
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], answer_ids], dim=1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    with torch.no_grad():
-        logits = model(**inputs).logits[0].double()
-    logps = torch.log_softmax(logits[prompt_length - 1 : -1], dim=-1)
-    return float(logps.gather(1, answer_ids[0][:, None]).sum())
-
-
 def paper_loss(policy: Any, reference: Any, processor: Any, pairs: Sequence[TextPair], beta: float) -> float:
     """Equation 7 of the paper, averaged over pairs."""
+
+    def logp(model: Any, one: TextPair, answer: str) -> float:
+        with torch.no_grad():
+            return float(token_logps(model, processor, one.prompt, one.images, answer).sum())
+
     losses = []
     for one in pairs:
-        ratios = [
-            answer_logp(policy, processor, one, text) - answer_logp(reference, processor, one, text)
-            for text in (one.chosen, one.rejected)
-        ]
+        ratios = [logp(policy, one, text) - logp(reference, one, text) for text in (one.chosen, one.rejected)]
         losses.append(-math.log(1 / (1 + math.exp(-beta * (ratios[0] - ratios[1])))))
     return sum(losses) / len(losses)
 

@@ -97,7 +97,8 @@ def test_a_training_starts_at_one_half_and_moves_thumbs_apart(
 ) -> None:
     """At first the policy is the reference: every reward and the KL are 0, and sigmoid(0) is a half."""
     report, steps = run(tiny_vlm, thumbs, tmp_path / "delta", epochs=6, beta=0.5)
-    assert (steps[0].loss, steps[0].kl, steps[0].margin) == (pytest.approx(0.5, abs=1e-6), 0.0, 0.0)
+    assert steps[0].loss == pytest.approx(0.5, abs=1e-6)
+    assert (steps[0].kl, steps[0].margin) == (0.0, 0.0)
     assert steps[-1].loss < 0.4
     assert steps[-1].margin is not None
     assert steps[-1].margin > 0.5
@@ -131,7 +132,8 @@ def test_where_weights_train_in_full_the_reference_is_the_model_before(
     """
     modules = {"aligner": {"policy": "full", "learning_rate": 1e-3}, **LORA}
     _, steps = run(tiny_vlm, thumbs, tmp_path / "two", modules, epochs=2, beta=0.5)
-    assert (steps[0].loss, steps[0].kl) == (pytest.approx(0.5, abs=1e-5), pytest.approx(0.0, abs=1e-4))
+    assert steps[0].loss == pytest.approx(0.5, abs=1e-5)
+    assert steps[0].kl == pytest.approx(0.0, abs=1e-4)
     run(tiny_vlm, thumbs, tmp_path / "one", modules, epochs=1, beta=0.5)
     architecture, processor = read_architecture(tiny_vlm), load_processor(tiny_vlm)
     models = [load_policy(tiny_vlm, deltas, architecture, torch.float32) for deltas in ([tmp_path / "one"], [])]

@@ -95,9 +95,10 @@ def length_normalised(pairs: list[One], beta: float) -> torch.Tensor:
     return mean([-log_sigmoid(beta * (one.mean_ratios[0] - one.mean_ratios[1])) for one in pairs])
 
 
-def simpo(pairs: list[One], beta: float, gamma: float) -> torch.Tensor:
-    """https://arxiv.org/abs/2405.14734, eq. 6."""
-    return mean([-log_sigmoid(beta * one.p_chosen.mean() - beta * one.p_rejected.mean() - gamma) for one in pairs])
+def simpo(pairs: list[One], beta: float, gamma: float, epsilon: float = 0.0) -> torch.Tensor:
+    """https://arxiv.org/abs/2405.14734, eq. 6; of judgements that err with epsilon, as conservative DPO has it."""
+    xs = [beta * one.p_chosen.mean() - beta * one.p_rejected.mean() - gamma for one in pairs]
+    return mean([-(1 - epsilon) * log_sigmoid(x) - epsilon * log_sigmoid(-x) for x in xs])
 
 
 def orpo(pairs: list[One], weight: float) -> torch.Tensor:
@@ -111,10 +112,11 @@ def orpo(pairs: list[One], weight: float) -> torch.Tensor:
     return likelihood(pairs) + weight * odds
 
 
-def cpo(pairs: list[One], beta: float) -> torch.Tensor:
+def cpo(pairs: list[One], beta: float, epsilon: float = 0.0, weight: float = 1.0) -> torch.Tensor:
     """https://arxiv.org/abs/2401.08417, section 3: L_prefer, DPO's with a uniform reference, plus L_NLL."""
-    preferred = mean([-log_sigmoid(beta * (one.p_chosen.sum() - one.p_rejected.sum())) for one in pairs])
-    return preferred + likelihood(pairs)
+    xs = [beta * (one.p_chosen.sum() - one.p_rejected.sum()) for one in pairs]
+    preferred = mean([-(1 - epsilon) * log_sigmoid(x) - epsilon * log_sigmoid(-x) for x in xs])
+    return preferred + weight * likelihood(pairs)
 
 
 def mpo(pairs: list[One], weights: tuple[float, float, float] = (0.8, 0.2, 1.0), beta: float = 0.1) -> torch.Tensor:
@@ -130,8 +132,15 @@ CASES: dict[str, tuple[PreferenceMethod, dict[str, Any], Paper]] = {
     "dpo": ("dpo", {}, dpo),
     "dpo beta": ("dpo", {"beta": 0.5}, lambda pairs: dpo(pairs, 0.5)),
     "hinge": ("dpo", {"loss_type": "hinge"}, hinge),
+    "hinge beta": ("dpo", {"loss_type": "hinge", "beta": 0.5}, lambda pairs: hinge(pairs, 0.5)),
     "ipo": ("dpo", {"loss_type": "ipo"}, ipo),
+    "ipo beta": ("dpo", {"loss_type": "ipo", "beta": 0.5}, lambda pairs: ipo(pairs, 0.5)),
     "robust": ("dpo", {"loss_type": "robust"}, lambda pairs: robust(pairs, 0.1)),
+    "robust and rpo": (
+        "dpo",
+        {"loss_type": "robust", "label_smoothing": 0.3, "nll_weight": 0.7, "beta": 0.3},
+        lambda pairs: robust(pairs, 0.3, 0.3) + 0.7 * likelihood(pairs),
+    ),
     "label smoothing": ("dpo", {"label_smoothing": 0.2}, lambda pairs: conservative(pairs, 0.2)),
     "rpo": ("dpo", {"nll_weight": 0.7}, lambda pairs: dpo(pairs) + 0.7 * likelihood(pairs)),
     "smoothing and rpo": (
@@ -140,10 +149,26 @@ CASES: dict[str, tuple[PreferenceMethod, dict[str, Any], Paper]] = {
         lambda pairs: conservative(pairs, 0.2, 0.3) + 0.7 * likelihood(pairs),
     ),
     "length-normalised": ("dpo", {"loss_type": "sigmoid_norm"}, lambda pairs: length_normalised(pairs, 5.0)),
+    "length-normalised beta": (
+        "dpo",
+        {"loss_type": "sigmoid_norm", "beta": 2.0},
+        lambda pairs: length_normalised(pairs, 2.0),
+    ),
     "simpo": ("simpo", {}, lambda pairs: simpo(pairs, 2.0, 1.0)),
+    "simpo smoothing": (
+        "simpo",
+        {"beta": 2.5, "gamma": 0.5, "label_smoothing": 0.2},
+        lambda pairs: simpo(pairs, 2.5, 0.5, 0.2),
+    ),
     "cpo-simpo": ("simpo", {"gamma": 0.4, "nll_weight": 0.5}, lambda p: simpo(p, 2.0, 0.4) + 0.5 * likelihood(p)),
     "orpo": ("orpo", {}, lambda pairs: orpo(pairs, 0.1)),
+    "orpo beta": ("orpo", {"beta": 1.5}, lambda pairs: orpo(pairs, 1.5)),
     "cpo": ("cpo", {}, lambda pairs: cpo(pairs, 0.1)),
+    "cpo smoothing": (
+        "cpo",
+        {"beta": 0.3, "label_smoothing": 0.2, "nll_weight": 0.5},
+        lambda pairs: cpo(pairs, 0.3, 0.2, 0.5),
+    ),
     "mpo": ("mpo", {}, mpo),
     "mpo weights": (
         "mpo",
@@ -213,7 +238,7 @@ def test_the_reward_shift_is_the_mean_over_batches(tiny_vlm: Path, tmp_path: Pat
     policy.loss([0, 1])
     loss = policy.loss([2, 3])
     rewards = [tuple(0.1 * ratio for ratio in one.ratios) for one in known(policy, COUNT)]
-    means = [float(sum(rewards[a] + rewards[b])) / 4 for a, b in ((0, 1), (2, 3))]
+    means = [float(sum(rewards[a] + rewards[b]).detach()) / 4 for a, b in ((0, 1), (2, 3))]
     shift = sum(means) / 2
     assert means[0] != pytest.approx(means[1], abs=1e-4)
     terms = [-log_sigmoid(chosen - shift) - log_sigmoid(-(rejected - shift)) for chosen, rejected in rewards[2:]]
@@ -253,8 +278,8 @@ def test_rewards_are_the_methods_own(tiny_vlm: Path, tmp_path: Path) -> None:
             for one in pairs
         ]
         told = {name: values[-1] for name, values in policy.trainer._metrics["train"].items()}
-        assert told["rewards/chosen"] == pytest.approx(float(mean([one for one, _ in rewards])), abs=1e-4)
-        assert told["rewards/rejected"] == pytest.approx(float(mean([one for _, one in rewards])), abs=1e-4)
+        assert told["rewards/chosen"] == pytest.approx(float(mean([one for one, _ in rewards]).detach()), abs=1e-4)
+        assert told["rewards/rejected"] == pytest.approx(float(mean([one for _, one in rewards]).detach()), abs=1e-4)
         right = sum(bool(chosen > rejected) for chosen, rejected in rewards) / COUNT
         assert told["rewards/accuracies"] == right
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 COLOURS = ("red", "green", "blue")
-FILES = {**dict.fromkeys(PREFERENCE_KINDS, "preferences.jsonl"), "vision": "labels.jsonl", "kto": "verdicts.jsonl"}
+PAIRS: dict[str, str] = dict.fromkeys(PREFERENCE_KINDS, "preferences.jsonl")
+FILES = {**PAIRS, "vision": "labels.jsonl", "kto": "verdicts.jsonl"}
 
 
 def write_data(folder: Path, count: int = 12) -> Path:
