@@ -62,6 +62,7 @@ class GuardedTrainer(CheckpointedTrainer):
     """
 
     passes = 1.0  # over the judgements, in what transformers takes for one
+    has_reference = True
 
     def __init__(
         self, *args: Any, applied: Applied, judgements: Sequence[TextPair] | Sequence[TextThumb], **kwargs: Any
@@ -101,6 +102,8 @@ class GuardedTrainer(CheckpointedTrainer):
 
     def keep_reference(self, check: Callable[[], None]) -> None:
         """Runs everything once through the untrained policy. `check` is called between batches and may raise."""
+        if not self.has_reference:
+            return
         for rows in self._batches():
             check()
             inputs = self._prepare_inputs(self.data_collator([{"row": row} for row in rows]))
@@ -146,7 +149,7 @@ class GuardedTrainer(CheckpointedTrainer):
         raise NotImplementedError
 
     def _kept(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds beside what trains."""
+        """What a checkpoint holds of the reference, and of other state, beside what trains."""
         raise NotImplementedError
 
     def _restore(self, kept: dict[str, torch.Tensor]) -> None:
@@ -155,13 +158,13 @@ class GuardedTrainer(CheckpointedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if kept := self._kept():
-            save_file(kept, Path(output_dir or self.args.output_dir) / REFERENCE)
+        if self.has_reference:
+            save_file(self._kept(), Path(output_dir or self.args.output_dir) / REFERENCE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if (path := Path(resume_from_checkpoint) / REFERENCE).is_file():
-            self._restore(load_file(path, device=str(self.args.device)))
+        if self.has_reference:
+            self._restore(load_file(Path(resume_from_checkpoint) / REFERENCE, device=str(self.args.device)))
 
 
 def non_finite(what: str, judgements: Sequence[str]) -> TrainingError:

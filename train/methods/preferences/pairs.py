@@ -55,6 +55,7 @@ class PairTrainer(GuardedTrainer, DPOTrainer):
     ) -> None:
         super().__init__(*args, applied=applied, judgements=judgements, **kwargs)
         self._objective = objective
+        self.has_reference = objective.has_reference
         self._reference: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def learnt_from(self) -> dict[str, int]:
@@ -62,7 +63,7 @@ class PairTrainer(GuardedTrainer, DPOTrainer):
         return {"pairs": len(self._judgements)}
 
     def _add_reference(self, model: Any, inputs: dict[str, Any], rows: list[int]) -> None:
-        if not self._objective.has_reference:  # "log ratios" are then the policy's log-probabilities
+        if not self.has_reference:  # "log ratios" are then the policy's log-probabilities
             nothing_B = torch.zeros(len(rows), device=inputs["input_ids"].device)
             inputs["ref_chosen_logps"] = inputs["ref_rejected_logps"] = nothing_B
             return
@@ -85,11 +86,15 @@ class PairTrainer(GuardedTrainer, DPOTrainer):
     def _answers(self, outputs: Any, inputs: dict[str, Any]) -> Answers:
         tokens_BT = inputs["completion_mask"][:, 1:]
         logps_BT = outputs.log_probs[:, -tokens_BT.shape[1] :]  # 0 outside the answers
+        chosen_B, rejected_B = logps_BT.sum(dim=1).chunk(2)
+        chosen_tokens_B, rejected_tokens_B = tokens_BT.sum(dim=1).chunk(2)
         return Answers(
-            *logps_BT.sum(dim=1).chunk(2),
-            inputs["ref_chosen_logps"],
-            inputs["ref_rejected_logps"],
-            *tokens_BT.sum(dim=1).chunk(2),
+            chosen_B=chosen_B,
+            rejected_B=rejected_B,
+            reference_chosen_B=inputs["ref_chosen_logps"],
+            reference_rejected_B=inputs["ref_rejected_logps"],
+            chosen_tokens_B=chosen_tokens_B,
+            rejected_tokens_B=rejected_tokens_B,
         )
 
     def _measure(self, answers: Answers) -> None:
@@ -101,17 +106,13 @@ class PairTrainer(GuardedTrainer, DPOTrainer):
             metrics[f"rewards/{name}"][-1] = float(value_B.mean())
 
     def _batches(self) -> list[list[int]]:
-        if not self._objective.has_reference:
-            return []
         size = self.args.per_device_train_batch_size
         rows = list(range(len(self._judgements)))
         return [rows[first : first + size] for first in range(0, len(rows), size)]
 
     def _kept(self) -> dict[str, torch.Tensor]:
-        kept: dict[str, torch.Tensor] = {}
-        if self._reference:
-            chosen_N, rejected_N = (torch.stack(one).cpu() for one in zip(*self._reference.values(), strict=True))
-            kept = {"rows": torch.tensor(list(self._reference)), "chosen": chosen_N, "rejected": rejected_N}
+        chosen_N, rejected_N = (torch.stack(one).cpu() for one in zip(*self._reference.values(), strict=True))
+        kept = {"rows": torch.tensor(list(self._reference)), "chosen": chosen_N, "rejected": rejected_N}
         if (shift := self._objective.shift) is not None:
             kept["shift"] = torch.tensor([shift.mean, shift.batches], dtype=torch.float64)
         return kept

@@ -100,8 +100,6 @@ class ThumbTrainer(GuardedTrainer, KTOTrainer):
         return [list(rows[first : first + size]) for first in range(0, len(rows), size)]
 
     def _kept(self) -> dict[str, torch.Tensor]:
-        if not self._reference:
-            return {}
         return {
             "rows": torch.tensor(list(self._reference)),
             "logps": torch.stack(list(self._reference.values())).cpu(),
