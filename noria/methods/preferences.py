@@ -48,7 +48,7 @@ class _Schedule(Section):
             name = self.method
             raise ValueError(
                 f"{name}.batch_size={self.batch_size} is not a multiple of "
-                f"{name}.micro_batch_size={self.micro_batch_size}"
+                f"{name}.micro_batch_size={self.micro_batch_size}; change one of the two"
             )
         return self
 

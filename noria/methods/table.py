@@ -23,7 +23,7 @@ class MethodRow:
     """`sections`: those under `train` that this method alone reads. `reads`: what it learns from in the store."""
 
     sections: tuple[str, ...]
-    reads: Reads | None = "preferences"
+    reads: Reads = "preferences"
 
 
 METHODS: Mapping[str, MethodRow] = {

@@ -257,7 +257,7 @@ _IGNORED: tuple[tuple[str, tuple[StageKind, ...], str], ...] = (
     ("packing", ("vision", *PREFERENCE_KINDS), "reads no conversations"),
     ("group_by_length", ("vision", *PREFERENCE_KINDS), "reads no conversations"),
     ("beta", ("vision", *_CONVERSATIONS), "has no reference"),
-    ("beta", tuple(kind for kind in PREFERENCE_KINDS if kind != "dpo"), "has a table of its own for it"),
+    ("beta", tuple(kind for kind in PREFERENCE_KINDS if kind != "dpo"), "has a table of its own for it; say it there"),
     ("head_learning_rate", (*PREFERENCE_KINDS, *_CONVERSATIONS), "has no heads"),
     ("precision", PREFERENCE_KINDS, "computes in the machine's own"),
     *((method, _but(method), "has another loss") for method in PREFERENCE_KINDS),

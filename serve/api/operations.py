@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from noria.errors import Conflict, InvalidRequest
-from noria.methods.table import Reads, reads_of, refuse_foreign
+from noria.methods.table import METHODS, Reads, reads_of, refuse_foreign
 from noria.records import Job, Json
 from noria.registry import Registry
 from noria.settings import PolicySettings, Settings, TrainSettings, override_train
@@ -21,7 +21,6 @@ from noria.store import Store
 from serve.api.ports import Capture, Gate
 from serve.api.schemas import JobBody, JobPage, Page, RolloutBody, cut, parse
 
-METHODS: tuple[str, ...] = typing.get_args(PolicySettings.model_fields["method"].annotation)
 AFTER_JOB: tuple[str, ...] = typing.get_args(PolicySettings.model_fields["rollout"].annotation)
 STRATEGIES = ("direct",)
 DAEMON_KEYS = ("policy", "lease_s", "poll_s")  # the daemon reads them before any job: an override would do nothing
@@ -45,7 +44,7 @@ class Operations:
         """Queues a job. Raises InvalidRequest, SettingsError (both name the field), Conflict (too few judgements)."""
         asked = parse(JobBody, body)
         policy = self._settings.train.policy
-        method = one_of("method", asked.method or policy.method, METHODS)
+        method = one_of("method", asked.method or policy.method, tuple(METHODS))
         rollout = one_of("rollout", asked.rollout or policy.rollout, AFTER_JOB)
         for key in DAEMON_KEYS:
             if key in asked.settings:
@@ -177,9 +176,7 @@ class Operations:
 
     async def _enough(self, method: str, train: TrainSettings) -> None:
         """Raises Conflict where what the method reads is too little, or a job before it will take that."""
-        unused, reads = train.preferences == "unused", reads_of(method)
-        if reads is None:
-            return
+        unused, reads = train.preferences == "unused", METHODS[method].reads
         if reads == "thumbs":
             count = len(await asyncio.to_thread(self._store.training_thumbs, exclude_used=unused))
             kind, code = "answers with a thumb", "too_few_thumbs"
