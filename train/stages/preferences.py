@@ -103,7 +103,9 @@ def _judgements(
     if run.stage.kind == "kto":
         thumbs = ThumbRenderer(chat, load_image)
         rows = (_thumb(cast(ThumbSample, samples[number])) for number in range(len(samples)))
-        return _fitting(run, rows, len(samples), thumbs.is_readable, thumbs.tokens, thumbs.render, listener)
+        answers = _fitting(run, rows, len(samples), thumbs.is_readable, thumbs.tokens, thumbs.render, listener)
+        _require_both_kinds(run.stage.name, answers[0])
+        return answers
     pairs = PairRenderer(chat, load_image)
     made = (_pair(cast(PreferenceSample, samples[number])) for number in range(len(samples)))
     return _fitting(run, made, len(samples), pairs.is_readable, pairs.tokens, pairs.render, listener)
@@ -137,6 +139,16 @@ def _fitting(
             code="no_data",
         )
     return kept, left_out
+
+
+def _require_both_kinds(name: str, answers: Sequence[TextThumb]) -> None:
+    """As the snapshot of a job does. Raises TrainingError."""
+    if len({one.up for one in answers}) < 2:
+        raise TrainingError(
+            f"stage {name!r}: all {len(answers)} answers that fit are {'good' if answers[0].up else 'bad'}: there is "
+            "nothing to tell apart; add rows with the other verdict to its data",
+            code="one_sided",
+        )
 
 
 def _pair(one: PreferenceSample) -> Pair:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -15,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from noria.errors import LeaseLost
+from noria.errors import LeaseLost, TrainingError
 from noria.recipes import RecipeStage
 from noria.records import Json
-from tests.unit.stages.material import stage, stopper, trained, write_data
+from tests.unit.stages.material import stage, stopper, trained, write_data, write_rows
 from train.stages.preferences import train_preferences
 from train.stages.run import Listener
 from train.stages.spec import StageRun, Step, read_steps
@@ -186,3 +187,18 @@ def test_kto_learns_from_verdicts_and_from_pairs_taken_apart(tiny_vlm: Path, dat
     told, _ = run(tiny_vlm, apart, tmp_path / "pairs")
     assert {name: told["task"][name] for name in ("answers", "up", "down")} == {"answers": 24, "up": 12, "down": 12}
     assert told["steps"] == 6
+
+
+@pytest.mark.parametrize(("label", "word"), [(True, "good"), (False, "bad")])
+def test_answers_that_are_all_good_or_all_bad_are_refused(
+    tiny_vlm: Path, data: Path, tmp_path: Path, label: bool, word: str
+) -> None:
+    rows = [{**json.loads(line), "label": label} for line in (data / "verdicts.jsonl").read_text().splitlines()]
+    write_rows(data / f"{word}.jsonl", rows)
+    one = stage(data, "kto", modules=LORA)
+    one = one.model_copy(
+        update={"data": tuple(source.model_copy(update={"source": str(data / f"{word}.jsonl")}) for source in one.data)}
+    )
+    with pytest.raises(TrainingError, match=rf"all 12 answers that fit are {word}: .* add rows with the other") as told:
+        run(tiny_vlm, one, tmp_path)
+    assert told.value.code == "one_sided"
