@@ -23,6 +23,7 @@ from pydantic_settings import (
 from noria.errors import SettingsError
 from noria.module_settings import ModulePolicies, ResolvedPolicy, Section
 from noria.records import Module
+from noria.rewards import RewardSettings
 
 
 class ServerSettings(Section):
@@ -173,6 +174,7 @@ class TrainSettings(Section):
     """What a LoRA learns on: full-precision weights, or 4-bit ones (QLoRA): the parent's own serving checkpoint
     (`gptq`), or NF4 (`bitsandbytes`). The result is merged into the master in every case."""
     dpo: DpoSettings = DpoSettings()
+    reward: RewardSettings = RewardSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     verify: VerifySettings = VerifySettings()
     held_out: float = Field(0.1, ge=0, lt=0.9)
