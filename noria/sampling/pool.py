@@ -121,8 +121,8 @@ class SamplingPool:
                 member.failed(error)
         raise self._nobody()
 
-    def put_adapter(self, name: str, folder: Path, *, version: str, ttl_s: float = TTL_S) -> list[str]:
-        """Loads peft's adapter at every address; the addresses that have it now.
+    def put_adapter(self, name: str, folder: Path, version: str, *, ttl_s: float = TTL_S) -> None:
+        """Loads peft's adapter at every address.
 
         `version` is the one it was trained beside. An address that does not answer gets it when it does. Raises what an
         address refuses it for (Superseded only where all do), Unavailable when none answers.
@@ -133,17 +133,27 @@ class SamplingPool:
         except BaseException:
             del self._adapters[name]
             raise
-        have = [member.place.address for member, error in outcomes if error is None]
-        if not have:
+        if not [member for member, error in outcomes if error is None]:
             del self._adapters[name]
             old = [error for _, error in outcomes if isinstance(error, Superseded)]
             raise old[0] if old else self._nobody()
-        return have
 
     def delete_adapter(self, name: str) -> None:
         """Unloads it everywhere; where nobody answers, its lease does."""
         self._adapters.pop(name, None)
         self._everywhere(lambda member: member.place.delete_adapter(name), missing=True)
+
+    def list_adapters(self) -> list[str]:
+        """The names of those that are loaded anywhere, whoever put them. Raises Unavailable when nobody answers."""
+        names: set[str] = set()
+
+        def look(member: Member) -> None:
+            names.update(one["name"] for one in member.place.list_adapters()["data"])
+
+        outcomes = self._everywhere(look)
+        if all(error is not None for _, error in outcomes):
+            raise self._nobody()
+        return sorted(names)
 
     def sample(
         self,

@@ -74,9 +74,12 @@ class Group:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         finally:
             await self._settle(tasks)
+        errors = [error for error in (task.exception() for task in tasks if not task.cancelled()) if error is not None]
+        for error in (one for one in errors if not isinstance(one, NoriaError)):
+            raise error
         self._check()
-        for task in tasks:
-            task.result()
+        for error in errors:
+            raise error
         return prepared
 
     def end(self, why: NoriaError) -> None:
