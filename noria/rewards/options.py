@@ -231,7 +231,7 @@ class PreferencesOptions(RewardOptions):
     batch_size: int = Field(4, ge=1)
     """Conversations in one forward."""
     value: Literal["sigmoid", "raw"] = "sigmoid"
-    """`sigmoid`: the probability that the answer beats an average one, 0 to 1. `raw`: its logit, without bounds."""
+    """`sigmoid`: 0 to 1, half for a score that is average over the pairs. `raw`: the score itself, without bounds."""
 
 
 def compiled(pattern: str) -> str:
