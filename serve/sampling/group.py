@@ -57,6 +57,11 @@ class Group:
         self._queued: set[asyncio.Task[None]] = set()
         self._aborts: set[asyncio.Task[None]] = set()
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that its samples have said."""
+        return sum(len(sample.token_ids) for sample in self.samples)
+
     async def run(self, messages: Sequence[Json]) -> Prepared:
         """Fills the samples; returns the prompt as the engine took it. Raises why there is no group."""
         prepared = await self._engine.prepare(messages)

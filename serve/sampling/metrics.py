@@ -29,7 +29,8 @@ class SamplingCollector(Collector):
             groups.add_metric([outcome], getattr(counts, outcome))
         yield groups
         yield CounterMetricFamily("noria_sampling_samples", "Samples in answered groups.", counts.samples)
-        yield CounterMetricFamily("noria_sampling_tokens", "Tokens of those samples.", counts.tokens)
+        told = "Tokens sampled, those of groups that were ended too."
+        yield CounterMetricFamily("noria_sampling_tokens", told, self._sampling.tokens)
         yield CounterMetricFamily("noria_sampling_set_back", "Samples that gave way to users.", turns.set_back)
         yield CounterMetricFamily("noria_sampling_adapters_put", "Policy adapters that were loaded.", counts.adapters)
         held = len(self._sampling.shelf.held())

@@ -33,7 +33,7 @@ CLOSE_S = 10.0
 
 @dataclass
 class Counts:
-    """What happened so far; groups = done + ended + refused + running ones."""
+    """What happened so far; groups = done + ended + refused + running ones. `tokens` are also those of ended groups."""
 
     groups: int = 0
     done: int = 0
@@ -55,6 +55,11 @@ class Sampling:
         self._closing = False
         gate.on_users(turns.users)
         gate.on_drain(self._give_way_to_a_swap)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens sampled so far, those of groups that still run too."""
+        return self.counts.tokens + sum(group.tokens for group in self._groups)
 
     async def put_adapter(self, query: Mapping[str, Any], chunks: AsyncIterable[bytes]) -> tuple[Json, bool]:
         """Loads an adapter; True beside it where that was new. Raises as `AdapterShelf.put`."""
@@ -137,6 +142,7 @@ class Sampling:
                     answer = await self._answer(group, asked, version)
                 finally:
                     self._groups.discard(group)
+                    self.counts.tokens += group.tokens
             self.counts.done += 1
             return answer
         except (Superseded, Unavailable):
@@ -174,7 +180,6 @@ class Sampling:
             for one in group.samples
         ]
         self.counts.samples += len(samples)
-        self.counts.tokens += sum(len(one.token_ids) for one in group.samples)
         adapter = group.adapter
         return {
             "id": group.id,
