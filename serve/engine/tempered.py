@@ -22,7 +22,7 @@ LEAST_TEMPERATURE = 1e-5  # below it vLLM takes the most probable token
 
 def temper(runner: Any) -> bool:
     """Teaches the runner's sampler; False where that is not possible. Done once: a second call changes nothing."""
-    sampler = getattr(runner, "sampler", None)
+    sampler: Any = getattr(runner, "sampler", None)
     if type(sampler) is not Sampler or sampler.logprobs_mode != "raw_logprobs":
         return False
     if getattr(runner, "speculative_config", None) is not None:

@@ -175,13 +175,15 @@ class AdapterShelf:
         vLLM reads adapters from their folders again after a reload, and ends the engine where one is gone.
         """
         for adapter in self.held():
-            self._held.pop(adapter.name, None)
-            await self._unload(adapter)
+            if self._held.pop(adapter.name, None) is not None:
+                await self._unload(adapter)
 
     async def expire(self) -> None:
         """Unloads the adapters whose lease is over and on which nothing runs."""
         for adapter in self.held():
-            if not adapter.groups and adapter.expires_at <= self._clock() and self._held.pop(adapter.name, None):
+            if not adapter.groups and adapter.expires_at <= self._clock():
+                if self._held.pop(adapter.name, None) is None:
+                    continue
                 log.info("adapter_expired", extra={"adapter": adapter.name, "model_version": adapter.version.id})
                 await self._unload(adapter)
 

@@ -62,7 +62,8 @@ def upload(
     """An adapter as the wire frames it."""
     said = config() if configuration is None else configuration
     head = said if isinstance(said, bytes) else json.dumps(said).encode()
-    return len(head).to_bytes(8, "little") + head + save(dict(factors() if tensors is None else tensors))
+    body: bytes = save(dict(factors() if tensors is None else tensors))
+    return len(head).to_bytes(8, "little") + head + body
 
 
 def write_adapter(folder: Path, value: float = 0.5) -> Path:

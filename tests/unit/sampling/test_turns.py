@@ -31,7 +31,8 @@ async def settled() -> None:
 
 
 async def test_turns_are_given_in_order_up_to_the_limit() -> None:
-    turns, log = Turns(2, 1), []
+    turns = Turns(2, 1)
+    log: list[str] = []
     a, b, c, d = [Holder(name, turns, log) for name in "abcd"]
     await settled()
     assert log == ["a in", "b in"] and (turns.running, turns.waiting) == (2, 2)
@@ -45,7 +46,8 @@ async def test_turns_are_given_in_order_up_to_the_limit() -> None:
 
 
 async def test_users_stop_the_newest_and_who_was_stopped_goes_first_again() -> None:
-    turns, log = Turns(3, 1, quiet_s=0.01), []
+    turns = Turns(3, 1, quiet_s=0.01)
+    log: list[str] = []
     a, b, c, d = [Holder(name, turns, log) for name in "abcd"]
     await settled()
     turns.users(1)
@@ -70,7 +72,8 @@ async def test_users_stop_the_newest_and_who_was_stopped_goes_first_again() -> N
 
 
 async def test_beside_users_one_follows_the_other() -> None:
-    turns, log = Turns(3, 1), []
+    turns = Turns(3, 1)
+    log: list[str] = []
     turns.users(1)
     a, b = Holder("a", turns, log), Holder("b", turns, log)
     await settled()
@@ -82,7 +85,8 @@ async def test_beside_users_one_follows_the_other() -> None:
 
 
 async def test_with_none_beside_users_sampling_stands_still() -> None:
-    turns, log = Turns(3, 0, quiet_s=0.0), []
+    turns = Turns(3, 0, quiet_s=0.0)
+    log: list[str] = []
     turns.users(1)
     one = Holder("a", turns, log)
     await settled()
@@ -95,7 +99,8 @@ async def test_with_none_beside_users_sampling_stands_still() -> None:
 
 
 async def test_who_leaves_the_queue_leaves_no_hole() -> None:
-    turns, log = Turns(1, 1), []
+    turns = Turns(1, 1)
+    log: list[str] = []
     a, b, c = [Holder(name, turns, log) for name in "abc"]
     await settled()
     b.task.cancel()
