@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -24,6 +25,8 @@ from serve.sampling.ports import Draw, LoadedAdapter, Piece, Prepared
 
 log = logging.getLogger("noria.sampling")
 BELOW_USERS = 2**62  # vLLM's priority: lower is earlier, users have 0
+TOKENS_A_PIECE = 16  # nobody reads along, and each piece costs the loop on which users are answered
+LEAST = Draw(temperature=1.0, top_p=1.0, top_k=0, max_tokens=1, seed=None)
 IMPOSSIBLE = -9999.0  # in place of -inf, which JSON has not
 
 
@@ -55,7 +58,22 @@ class VllmSamplingEngine:
         if isinstance(rendered, ErrorResponse):
             raise engine_error(rendered.model_dump()["error"])
         _, (payload,) = rendered
+        if payload["type"] == "multimodal":
+            await self._deliver(payload)
         return Prepared(tuple(payload["prompt_token_ids"]), payload)
+
+    async def _deliver(self, payload: Any) -> None:
+        """Hands the engine a prompt's pictures now: its samples may wait for their turns, or never come.
+
+        vLLM keeps processed images in two halves that mirror each other (0.31). Ours has these by now, and a user who
+        asks about one of them would have only its hash sent; were the engine not to know it, that request would fail.
+        """
+        request_id = f"sample-pictures-{uuid.uuid4().hex}"
+        try:
+            await self._engine.add_request(request_id, payload, _parameters(LEAST), priority=BELOW_USERS)
+            await self._engine.abort(request_id)
+        except Exception as error:  # as above
+            raise _as_ours(error) from error
 
     async def sample(
         self, prepared: Prepared, said: Sequence[int], draw: Draw, request_id: str, adapter: LoadedAdapter | None
@@ -115,6 +133,7 @@ def _parameters(draw: Draw) -> Any:
         logprobs=0,  # the sampled token's, and no others
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
+        stream_interval=TOKENS_A_PIECE,
     )
 
 

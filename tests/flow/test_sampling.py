@@ -244,6 +244,26 @@ def test_a_swap_in_the_middle_of_groups(world: World) -> None:
     assert statistics.mean(differences(world.policy("one"), SHOWN, again)) < TOLERANCE_NATS
 
 
+def test_a_picture_that_waits_with_its_samples_is_there_for_users(world: World) -> None:
+    """vLLM's two caches of images mirror each other: what sampling has prepared, the engine has to know."""
+    fresh = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture((1, 2, 3))}}]}]
+    user: Json = {"model": "noria", "max_tokens": 200, "ignore_eos": True, "store": False}
+    with httpx.Client(base_url=world.server.url, timeout=60) as http, ThreadPoolExecutor() as threads:
+        with http.stream("POST", "/v1/chat/completions", json={**user, "messages": TEXT, "stream": True}) as running:
+            lines = running.iter_lines()
+            next(lines)  # a user is inside from here on: one sample runs, the others wait
+            groups = [threads.submit(world.place.sample, {"messages": one, "n": 2}) for one in (TEXT, fresh)]
+            until = time.monotonic() + 30
+            while world.metric("noria_sampling_waiting") < 3:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            answer = http.post("/v1/chat/completions", json={**user, "messages": fresh, "max_tokens": 4})
+            assert answer.status_code == 200 and answer.json()["choices"][0]["finish_reason"] == "length", answer.text
+            assert len(list(lines)) > 100
+        for group in groups:
+            assert len(group.result()["samples"]) == 2
+
+
 async def first_token_s(http: httpx.AsyncClient, number: int) -> float:
     """Seconds until a user's streamed answer shows its first token; the answer is read to its end."""
     body: Json = {"model": "noria", "messages": [{"role": "user", "content": f"What is {number}?"}], "store": False}
