@@ -1,6 +1,7 @@
 """Policies to sample from: LoRAs in peft's own files on the tiny GPTQ model, and what torch says of their answers.
 
-Comes in: a serving folder, seeds. Goes out: adapters, and log-probabilities recomputed from the engine's token ids.
+Comes in: a serving folder, seeds. Goes out: homes with two versions, adapters, and log-probabilities recomputed from
+the engine's token ids.
 Must not import vllm.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,18 @@ from PIL import Image
 
 from noria.modules import architecture_of
 from noria.records import Json
+from noria.registry import ManifestDraft, Registry
+from noria.store import Store
+from tests.flow.rtn import quantize_rtn
+from tests.tiny import build_tiny_vlm
 from train.methods.quantized_base import GptqLinear, load_gptq
 
 RANK, ALPHA = 4, 16
+SMALL = {
+    "NORIA_ENGINE__MAX_MODEL_LEN": "256",
+    "NORIA_ENGINE__KV_CACHE_GIB": "0.25",
+    "NORIA_RELEASE__POLL_S": "0.05",
+}
 
 
 class Policy:
@@ -106,3 +117,16 @@ def pictures(messages: Sequence[Json]) -> list[Image.Image]:
                 data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
                 found.append(Image.open(io.BytesIO(data)).convert("RGB"))
     return found
+
+
+def publish_both(home: Path, scratch: Path) -> None:
+    """v1 (live) and v2: other weights in the same shape, without a probe."""
+    home.mkdir(exist_ok=True)
+    with Store.open(f"sqlite:///{home / 'noria.db'}") as store:
+        registry = Registry(home / "models", store)
+        for seed in (1, 2):
+            quantize_rtn(build_tiny_vlm(scratch / f"source-{seed}", seed=seed, dtype="bfloat16"), scratch / f"v{seed}")
+            staging = registry.begin("sampling")
+            shutil.copytree(scratch / f"v{seed}", staging / "serving")
+            registry.publish(staging, ManifestDraft(method="test"))
+        store.promote("v1")

@@ -1,16 +1,14 @@
 """Sampling from real vLLM on GPTQ weights: exact tokens and log-probabilities, adapters that come and go, users first.
 
-One server for most of the file, on v1 of two versions, with room for two adapters. What the engine says of its own
+One server for the whole file, on v1 of two versions, with room for two adapters. What the engine says of its own
 tokens is held against torch in float32 over the very same ids. The engine computes in bfloat16: TOLERANCE_NATS is the
-mean |difference| that is allowed, the probe's own bound; the wrong policy is an order of magnitude away.
+mean |difference| that is allowed (0.02 to 0.03 were seen); another policy, or another temperature, is far beyond it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import shutil
-import signal
 import statistics
 import threading
 import time
@@ -18,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -26,16 +23,12 @@ import pytest
 from noria.client import NoriaClient
 from noria.errors import NotFound, Superseded
 from noria.records import Json
-from noria.registry import ManifestDraft, Registry
 from noria.sampling import Drawing, Group, SamplingPool
 from noria.sampling.places import Place, place_at
-from noria.store import Store
-from tests.flow.policies import Policy, picture, write_lora
-from tests.flow.rtn import quantize_rtn
+from tests.flow.policies import SMALL, Policy, picture, publish_both, write_lora
 from tests.servers import Server, start_server
-from tests.tiny import build_tiny_vlm
 
-TOLERANCE_NATS = 0.25
+TOLERANCE_NATS = 0.06
 TEXT: list[Json] = [{"role": "user", "content": "Tell me of the red square"}]
 SHOWN: list[Json] = [
     {
@@ -46,13 +39,7 @@ SHOWN: list[Json] = [
         ],
     }
 ]
-SETTINGS = {
-    "VLLM_SERVER_DEV_MODE": "1",
-    "NORIA_ENGINE__MAX_MODEL_LEN": "256",
-    "NORIA_ENGINE__KV_CACHE_GIB": "0.25",
-    "NORIA_ENGINE__POLICY_ADAPTERS": "2",
-    "NORIA_RELEASE__POLL_S": "0.05",
-}
+SETTINGS = {**SMALL, "VLLM_SERVER_DEV_MODE": "1", "NORIA_ENGINE__POLICY_ADAPTERS": "2"}
 
 
 @dataclass
@@ -93,19 +80,6 @@ class World:
     def roll_out(self, version: str) -> None:
         """Rolls a version out and waits for it."""
         assert self.noria.wait_rollout(self.noria.create_rollout(version)["id"], poll_s=0.05)["state"] == "succeeded"
-
-
-def publish_both(home: Path, scratch: Path) -> None:
-    """v1 (live) and v2: other weights in the same shape, without a probe."""
-    home.mkdir(exist_ok=True)
-    with Store.open(f"sqlite:///{home / 'noria.db'}") as store:
-        registry = Registry(home / "models", store)
-        for seed in (1, 2):
-            quantize_rtn(build_tiny_vlm(scratch / f"source-{seed}", seed=seed, dtype="bfloat16"), scratch / f"v{seed}")
-            staging = registry.begin("sampling")
-            shutil.copytree(scratch / f"v{seed}", staging / "serving")
-            registry.publish(staging, ManifestDraft(method="test"))
-        store.promote("v1")
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +137,7 @@ def test_ids_and_log_probabilities_are_the_policy_s_own(
     print(f"{adapter}, {len(found)} tokens: mean {statistics.mean(found):.4f}, most {max(found):.4f} nats; "
           f"the other policy: {statistics.mean(wrong):.3f}")  # fmt: skip
     assert statistics.mean(found) < TOLERANCE_NATS
-    assert statistics.mean(wrong) > 4 * TOLERANCE_NATS
+    assert statistics.mean(wrong) > 20 * TOLERANCE_NATS
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.5])
@@ -177,7 +151,7 @@ def test_log_probabilities_are_taken_at_the_temperature_that_was_drawn_at(world:
         group = sampling.result()
     assert group["logprobs_temperature"] == temperature
     assert statistics.mean(differences(world.policy(None), TEXT, group, temperature)) < TOLERANCE_NATS
-    assert statistics.mean(differences(world.policy(None), TEXT, group, 1.0)) > 2 * TOLERANCE_NATS
+    assert statistics.mean(differences(world.policy(None), TEXT, group, 1.0)) > 4 * TOLERANCE_NATS
     alone = httpx.post(f"{world.server.url}/v1/chat/completions", json={**ask, "max_tokens": 12}, timeout=60).json()
     told = [[one["logprob"] for one in said["choices"][0]["logprobs"]["content"]] for said in (user, alone)]
     assert told[0] == pytest.approx(told[1], abs=0.1)
@@ -328,35 +302,3 @@ def test_samples_give_way_to_users_and_are_none_the_worse_for_it(world: World) -
         told: Json = {"prompt_token_ids": group.prompt_token_ids, "samples": [vars(one)]}
         assert statistics.mean(differences(world.policy("one"), SHOWN, told)) < TOLERANCE_NATS
     assert world.noria.status()["completions"] == 0  # neither users here nor sampling are captured
-
-
-def test_a_server_that_is_killed_in_the_middle_and_comes_back(world: World, tmp_path: Path, free_port: int) -> None:
-    """The pool waits for it, puts the adapter again, and every prompt gets its group; nothing is left behind."""
-    home = tmp_path / "home"
-    home.mkdir()
-    for name in ("models", "noria.db"):
-        source = world.server.home / name
-        shutil.copytree(source, home / name) if source.is_dir() else shutil.copy(source, home / name)
-    prompts = [[{"role": "user", "content": f"question {number}"}] for number in range(12)]
-    groups: list[Group] = []
-
-    def port(number: int) -> Any:
-        return start_server(home, f"--http-port={number}", **SETTINGS)
-
-    with SamplingPool([f"http://127.0.0.1:{free_port}"], concurrency=2) as pool, ThreadPoolExecutor() as threads:
-        with port(free_port) as server:
-            pool.put_adapter("one", world.adapters["one"], "v1")
-            drawing = Drawing(n=4, max_tokens=100)
-            found = pool.sample(prompts, drawing, adapter="one", version="v1")
-            groups.append(next(found))
-            server.stop(signal.SIGKILL)
-            rest = threads.submit(lambda: groups.extend(found))
-        assert list((home / "policy-adapters").glob("*/*"))  # a kill leaves its folder
-        with port(free_port) as server:
-            rest.result(timeout=240)
-            assert sorted(group.prompt for group in groups) == list(range(12))
-            assert all(group.error is None and len(group.samples) == 4 for group in groups)
-            assert len(list((home / "policy-adapters").glob("*/*"))) == 1
-            pool.delete_adapter("one")
-            assert server.stop() == 0
-        assert not list((home / "policy-adapters").glob("*/*"))
