@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from noria.errors import SettingsError
+from noria.methods.grpo import GrpoSettings
 from noria.module_settings import ModulePolicies, ResolvedPolicy, Section
 from noria.records import Module
 from noria.rewards import RewardSettings
@@ -172,7 +173,7 @@ class PolicySettings(Section):
     """Least time between two automatic starts, in seconds."""
     window: str | None = None
     """Cron expression (UTC); an automatic job starts only in a minute that it matches. None is any time."""
-    method: Literal["dpo"] = "dpo"
+    method: Literal["dpo", "grpo"] = "dpo"
     """Method of an automatic job."""
     rollout: Literal["none", "direct"] = "direct"
     """What follows a verified version."""
@@ -189,6 +190,7 @@ class TrainSettings(Section):
     """What a LoRA learns on: full-precision weights, or 4-bit ones (QLoRA): the parent's own serving checkpoint
     (`gptq`), or NF4 (`bitsandbytes`). The result is merged into the master in every case."""
     dpo: DpoSettings = DpoSettings()
+    grpo: GrpoSettings = GrpoSettings()
     reward: RewardSettings = RewardSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     verify: VerifySettings = VerifySettings()

@@ -27,7 +27,7 @@ Limit = Annotated[int, typer.Option(min=1, help="At most so many.")]
 @app.command(epilog="Example: noria retrain --wait --settings dpo.beta=0.2 --settings dpo.epochs=2")
 def retrain(
     ctx: typer.Context,
-    method: Annotated[str | None, typer.Option(help="dpo. Default: train.policy.method.")] = None,
+    method: Annotated[str | None, typer.Option(help="dpo or grpo. Default: train.policy.method.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A setting under `train`, for this job only.")

@@ -10,6 +10,7 @@ Must not import torch.
 | sft | aligner full, language model LoRA | conversations | next token, answers only |
 | dpo | language model LoRA | preferences | direct preference optimisation |
 | finetune | everything full at 1e-6 | conversations | next token, answers only |
+| grpo | language model LoRA | prompts (`grpo.prompts`) | group relative policy optimisation |
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from noria.methods.grpo import GrpoSettings, policy_conflict
 from noria.module_settings import PREFERENCE, ModulePolicies, Policy, PolicyDefaults, ResolvedPolicy, Section
 from noria.records import MODULES, Module
+from noria.rewards import RewardSettings
 from noria.settings import QuantizeSettings, VerifySettings
 
-StageKind = Literal["vision", "align", "sft", "dpo", "finetune"]
+StageKind = Literal["vision", "align", "sft", "dpo", "finetune", "grpo"]
 DataFormat = Literal["auto", "noria", "openai", "ms-swift", "llama-factory", "trl", "llava", "image-text", "labels"]
 
 DECAY = 0.2  # the end of a `constant-linear` schedule: Hägele et al. 2024, https://arxiv.org/abs/2405.18392
@@ -40,6 +43,7 @@ KIND_DEFAULTS: dict[StageKind, PolicyDefaults] = {
     "sft": _defaults(("frozen", "full", "lora")),
     "dpo": PREFERENCE,
     "finetune": _defaults(("full", "full", "full"), vision_tower=1e-6, aligner=1e-6, language_model=1e-6),
+    "grpo": PREFERENCE,
 }
 
 
@@ -69,7 +73,7 @@ class RecipeStage(Section):
     """Its name in folders, logs and manifest: lower case, digits and dashes."""
     kind: StageKind
     """What is learnt, from which data, with which loss."""
-    data: tuple[DataSource, ...]
+    data: tuple[DataSource, ...] = ()
     """Sources, mixed by weight."""
     modules: ModulePolicies = ModulePolicies()
     """Policy of each module; what is not said is the kind's default."""
@@ -110,9 +114,16 @@ class RecipeStage(Section):
     """Rate of the heads that a `vision` stage throws away afterwards; none is 1e-3."""
     seed: int = 0
     """Seed of data order, heads and adapters."""
+    grpo: GrpoSettings | None = None
+    """Everything of a `grpo` stage: as train.grpo, of which it takes `servers` and `wait_s` where it says none."""
+    reward: RewardSettings | None = None
+    """What answers are worth in a `grpo` stage; none is train.reward."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.kind == "grpo":
+            self._require_grpo_alone()
+            return self
         if not self.data:
             raise ValueError("data is empty: name at least one source")
         if (self.steps is None) == (self.epochs is None):
@@ -125,9 +136,17 @@ class RecipeStage(Section):
         for key, kinds, why in _IGNORED:
             value = getattr(self, key)
             if self.kind in kinds and value != type(self).model_fields[key].default:
-                raise ValueError(f"{key}={value!r} would be ignored: kind={self.kind!r} {why}")
+                told = key if isinstance(value, Section) else f"{key}={value!r}"
+                raise ValueError(f"{told} would be ignored: kind={self.kind!r} {why}")
         self._require_rates_in_order()
         return self
+
+    def _require_grpo_alone(self) -> None:
+        own = ("name", "kind", "modules", "only", "grpo", "reward")
+        for key, value in self:
+            if key not in own and value != type(self).model_fields[key].default:
+                told = f"{key}={value!r} would be ignored: a stage of kind='grpo' is told by its table `grpo`"
+                raise ValueError(told + (" (`grpo.prompts`)" if key == "data" else ""))
 
     def _require_rates_in_order(self) -> None:
         if self.schedule != "constant-linear":
@@ -149,6 +168,8 @@ class RecipeStage(Section):
         if not any(policies[module].trains for module in needed):
             told = " or ".join(f"modules.{module}" for module in needed)
             raise ValueError(f"nothing would train that kind={self.kind!r} is for: {told} must be full or lora")
+        if self.kind == "grpo" and (because := policy_conflict(policies, under="")):
+            raise ValueError(because)
         return self
 
     @property
@@ -214,6 +235,8 @@ _IGNORED: tuple[tuple[str, tuple[StageKind, ...], str], ...] = (
     ("schedule", ("dpo",), "falls linearly"),
     ("precision", ("dpo",), "computes in the machine's own"),
     ("checkpoint_every", ("dpo",), "is run again from its start"),
+    ("grpo", ("vision", "dpo", *_CONVERSATIONS), "samples nothing"),
+    ("reward", ("vision", "dpo", *_CONVERSATIONS), "samples nothing"),
 )
 _UNREACHED: dict[StageKind, tuple[Module, ...]] = {
     "vision": ("aligner", "language_model"),
@@ -221,10 +244,12 @@ _UNREACHED: dict[StageKind, tuple[Module, ...]] = {
     "sft": (),
     "dpo": ("vision_tower",),
     "finetune": (),
+    "grpo": ("vision_tower", "aligner"),
 }
 _WHY: dict[StageKind, str] = {
     "vision": "its heads read the tower alone, so this module must be frozen",
     "dpo": "preference methods freeze the tower",
+    "grpo": "the engine samples from an adapter of the language model",
 }
 _MUST_TRAIN: dict[StageKind, tuple[Module, ...]] = {
     "vision": ("vision_tower",),
@@ -232,4 +257,5 @@ _MUST_TRAIN: dict[StageKind, tuple[Module, ...]] = {
     "sft": ("aligner", "language_model", "vision_tower"),
     "dpo": ("language_model", "aligner"),
     "finetune": MODULES,
+    "grpo": ("language_model",),
 }

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from noria.errors import Conflict, InvalidRequest
+from noria.methods.grpo import require_trainable
 from noria.records import Job, Json
 from noria.registry import Registry
 from noria.settings import PolicySettings, Settings, TrainSettings, override_train
@@ -41,7 +42,10 @@ class Operations:
         self._settings = settings
 
     async def create_job(self, body: Mapping[str, Any]) -> Json:
-        """Queues a job. Raises InvalidRequest, SettingsError (both name the field), Conflict (too few pairs)."""
+        """Queues a job. Raises InvalidRequest, SettingsError (both name the field), Conflict (too few pairs).
+
+        A job of method `grpo` needs a reward, not pairs.
+        """
         asked = parse(JobBody, body)
         policy = self._settings.train.policy
         method = one_of("method", asked.method or policy.method, METHODS)
@@ -53,7 +57,10 @@ class Operations:
                     param=f"settings.{key}",
                 )
         train = override_train(self._settings.train, asked.settings)
-        await self._enough_pairs(train)
+        if method == "grpo":
+            require_trainable(train.policies(), train.reward)
+        else:
+            await self._enough_pairs(train)
         job = await asyncio.to_thread(self._store.create_job, method, asked.settings, rollout, "operator")
         return job.to_wire()
 

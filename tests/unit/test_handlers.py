@@ -198,8 +198,14 @@ async def test_used_pairs_count_only_when_asked_for(bench: Bench) -> None:
 
 async def test_a_job_refuses_what_it_cannot_do(bench: Bench) -> None:
     """Each refusal names the field and what is right."""
+    error = await refusal(bench.handlers.create_job({"method": "ppo"}))
+    assert (error.param, error.message) == ("method", "method: 'ppo' is not supported; supported now: dpo, grpo")
     error = await refusal(bench.handlers.create_job({"method": "grpo"}))
-    assert (error.param, error.message) == ("method", "method: 'grpo' is not supported; supported now: dpo")
+    assert (type(error), error.param) == (SettingsError, "train.reward.rewards")
+    reward = {"reward": {"rewards": [{"name": "exact"}]}}
+    full = {**reward, "modules": {"aligner": "full"}}
+    error = await refusal(bench.handlers.create_job({"method": "grpo", "settings": full}))
+    assert error.param == "train.modules.aligner.policy"
     error = await refusal(bench.handlers.create_job({"rollout": "canary"}))
     assert error.message == "rollout: 'canary' is not supported; supported now: none, direct"
     error = await refusal(bench.handlers.create_job({"settings": {"dpo": {"betta": 1}}}))
@@ -208,6 +214,12 @@ async def test_a_job_refuses_what_it_cannot_do(bench: Bench) -> None:
     error = await refusal(bench.handlers.create_job({"settings": {"poll_s": 3}}))
     assert error.param == "settings.poll_s"
     assert bench.store.list_jobs() == []
+
+
+async def test_a_job_of_grpo_needs_a_reward_and_no_pairs(bench: Bench) -> None:
+    settings = {"reward": {"rewards": [{"name": "exact"}]}, "grpo": {"steps": 3}}
+    job = await bench.handlers.create_job({"method": "grpo", "settings": settings})
+    assert (job["method"], job["state"], job["settings"]) == ("grpo", "queued", settings)
 
 
 async def test_an_ended_job_cannot_be_cancelled(bench: Bench) -> None:

@@ -68,8 +68,9 @@ class JobContext:
 
     @property
     def images(self) -> LoadImage:
-        """Stored pictures by hash; in a job with a recipe also those that its data name."""
-        return ImageCache(self.blobs.get) if self.recipe is None else ImageLoader(self.blobs.get)
+        """Stored pictures by hash; in a job with a recipe, or of method `grpo`, also those that its data name."""
+        named = self.recipe is not None or self.job.method == "grpo"
+        return ImageLoader(self.blobs.get) if named else ImageCache(self.blobs.get)
 
     def progress(self, stage: Stage, share: float, words: str | None = None) -> None:
         """Reports how far a stage is (0 to 1), at most twice a second, and stops the work where it must stop.

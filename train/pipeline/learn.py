@@ -28,14 +28,20 @@ if TYPE_CHECKING:
 
 def run(ctx: JobContext) -> Json:
     """Trains, unless a report says that it was done. A recipe's stages and their curves stay in the report."""
-    told = once(ctx.folder / REPORT, lambda: _train(ctx) if ctx.recipe is None else _recipe(ctx))
+    told = once(ctx.folder / REPORT, lambda: _learn(ctx))
     return {key: value for key, value in told.items() if key not in ("stages", "recipe")}
 
 
-def _recipe(ctx: JobContext) -> Json:
-    from train.stages.job import train
+def _learn(ctx: JobContext) -> Json:
+    if ctx.recipe is not None:
+        from train.stages.job import train
 
-    return train(ctx)
+        return train(ctx)
+    if ctx.job.method == "grpo":
+        from train.methods.grpo.job import train as train_on_groups
+
+        return train_on_groups(ctx)
+    return _train(ctx)
 
 
 def _train(ctx: JobContext) -> Json:

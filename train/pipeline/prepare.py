@@ -21,7 +21,7 @@ FILE = "snapshot.json"
 
 def run(ctx: JobContext) -> Json:
     """Refuses (Conflict, TrainingError, UnsupportedModel) or freezes the choice."""
-    content = once(ctx.folder / FILE, lambda: _freeze(ctx) if ctx.recipe is None else _freeze_recipe(ctx))
+    content = once(ctx.folder / FILE, lambda: _frozen(ctx))
     ctx.store.add_snapshot(
         Snapshot(
             id=content["id"],
@@ -70,10 +70,16 @@ def recent(ctx: JobContext, count: int) -> list[Completion]:
     return mixed
 
 
-def _freeze_recipe(ctx: JobContext) -> Json:
-    from train.stages.job import freeze
+def _frozen(ctx: JobContext) -> Json:
+    if ctx.recipe is not None:
+        from train.stages.job import freeze
 
-    return freeze(ctx)
+        return freeze(ctx)
+    if ctx.job.method == "grpo":
+        from train.methods.grpo.job import freeze as freeze_prompts
+
+        return freeze_prompts(ctx)
+    return _freeze(ctx)
 
 
 def _freeze(ctx: JobContext) -> Json:

@@ -22,6 +22,7 @@ from train.pipeline.prepare import parent_of
 
 SERVER_FRESH_S = 15.0
 POLL_S = 0.5
+LEARNT_FROM_ANSWERS = ("answers", "reward_first", "reward_last")
 
 
 def publish(ctx: JobContext) -> Json:
@@ -90,7 +91,7 @@ def _draft(ctx: JobContext) -> ManifestDraft:
     trained, verified = read_json(ctx.folder / REPORT) or ctx.done["train"], ctx.done["verify"]
     quantized = read_json(ctx.folder / "quantize.json") or ctx.done["quantize"]
     require_frozen(ctx, quantized["frozen"])
-    learnt = ("steps", "pairs", "loss_first", "loss_last", "margin_last", "accuracy_last")
+    learnt = ("steps", "pairs", "loss_first", "loss_last", "margin_last", "accuracy_last", *LEARNT_FROM_ANSWERS)
     checked = ("mean_kl", "max_kl", "agreement")
     return ManifestDraft(
         parent=parent.version,
@@ -122,7 +123,8 @@ def _settings(ctx: JobContext) -> Json:
     if ctx.recipe is not None:
         told = ctx.train.model_dump(mode="json", include={"quantize", "base", "processes"})
         return {**told, "recipe": ctx.recipe.model_dump(mode="json", exclude_defaults=True)}
-    return ctx.train.model_dump(mode="json", include={"dpo", "modules", "quantize", "held_out", "preferences"})
+    own = {"grpo", "reward"} if ctx.job.method == "grpo" else {"dpo", "preferences"}
+    return ctx.train.model_dump(mode="json", include={*own, "modules", "quantize", "held_out"})
 
 
 def _policies(deltas: tuple[Path, ...]) -> dict[str, Json]:
