@@ -48,10 +48,8 @@ class Pool(TinySampler):
 
     made: list[Json]
 
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Notes it."""
         self.closed = True
 
 

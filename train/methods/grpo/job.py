@@ -24,6 +24,7 @@ from train.data import calibration, snapshot
 from train.data.samples import Sample
 from train.data.sources import ImageLoader
 from train.methods.grpo.sampling.prompts import DEFAULT_COUNT, SourcePrompts, read_prompts
+from train.methods.grpo.sampling.servers import Servers, addresses
 from train.pipeline.context import JobContext
 from train.pipeline.files import remove
 
@@ -306,14 +307,14 @@ def _lent(
     from train.methods.grpo.method import Means
 
     key = ctx.settings.server.api_key
-    with SamplingPool(
-        grpo.servers or (ctx.settings.url,),
-        api_key=key.get_secret_value() if key is not None else None,
-        concurrency=grpo.concurrency,
-        give_up_s=GIVE_UP_S,
-    ) as pool:
+
+    def pool(found: Sequence[str]) -> SamplingPool:
+        secret = key.get_secret_value() if key is not None else None
+        return SamplingPool(found, api_key=secret, concurrency=grpo.concurrency, give_up_s=GIVE_UP_S)
+
+    with Servers(addresses(grpo.servers, ctx.settings, ctx.store), pool) as servers:
         yield Means(
-            sampler=pool,
+            sampler=servers,
             score=lambda applied, processor: _scorer(ctx, rewards, applied, processor),
             load_image=ImageLoader(ctx.blobs.get),
             read_blob=ctx.blobs.get,
