@@ -5,6 +5,7 @@ Comes in: a list as TOML gives it. Goes out: frozen options, one model a reward.
 
 from noria.rewards.options import (
     ExactOptions,
+    FeatureState,
     JsonSchemaOptions,
     JudgeOptions,
     LanguageOptions,
@@ -21,6 +22,7 @@ __all__ = [
     "NAMES",
     "AnyReward",
     "ExactOptions",
+    "FeatureState",
     "JsonSchemaOptions",
     "JudgeOptions",
     "LanguageOptions",

@@ -16,6 +16,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from noria.evals.questions import Metric
 from noria.module_settings import Section
 
+FeatureState = Literal["last", "mean", "both"]
 _FUNCTION = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
 
 
@@ -230,8 +231,12 @@ class PreferencesOptions(RewardOptions):
     """Prompt plus answer, in tokens; longer pairs are left out of the learning, longer samples are not judged."""
     batch_size: int = Field(4, ge=1)
     """Conversations in one forward."""
+    state: FeatureState = "last"
+    """What a head that is learnt here reads: the model's last hidden state at the answer's last token, its mean over
+    the answer's tokens, or both."""
     value: Literal["sigmoid", "raw"] = "sigmoid"
-    """`sigmoid`: 0 to 1, half for a score that is average over the pairs. `raw`: the score itself, without bounds."""
+    """`raw`: the score, of mean 0 and standard deviation 1 over the answers that were learnt from; `sigmoid`: the same
+    between 0 and 1."""
 
 
 def compiled(pattern: str) -> str:

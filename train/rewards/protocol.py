@@ -63,7 +63,8 @@ class Reward(Protocol):
     """Judges samples: one value for each, in order.
 
     What it raises costs the samples that it was given, but a NoriaError goes through and ends the job. What it holds
-    (a process, connections) it gives back in `close`, if it has one.
+    (a process, connections) it gives back in `close`, if it has one; `figures`, if it has some, are told with its
+    counts.
     """
 
     @property
@@ -82,10 +83,10 @@ Pairs = Callable[[], tuple[Sequence[Pair], Sequence[Pair]]]
 class Backing:
     """What a job lends its rewards; what is none, a reward that needs it refuses to be built.
 
-    `model` and `processor` are a checkpoint's, as transformers loads them, and each is asked for once. Within
-    `frozen()` the model is the one that the features are taken from, without the adapter that is being trained
-    (`Applied.reference`). `pairs` are the store's. `folder` is where a head is kept that is learnt here. `check` is
-    called between forwards and may raise to stop.
+    `model` and `processor` are a checkpoint's, as transformers loads them, and each is asked for once by a reward that
+    needs it. Within `frozen()` the model is the one that features are taken from, without the adapter that is being
+    trained (`Applied.reference`), and under the autocast that it needs (`Applied.mixed`). `pairs` are the store's.
+    `folder` is where a head is kept that is learnt here. `check` is called between forwards and may raise to stop.
     """
 
     processor: Callable[[], Any] | None = None

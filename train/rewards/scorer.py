@@ -114,16 +114,21 @@ class Scorer:
 
     @property
     def counts(self) -> Json:
-        """By reward, since the start: `{"samples", "mean", "failed", "reasons": {reason: count}}`."""
-        return {
-            key: {
-                "samples": tally.judged + tally.reasons.total(),
-                "mean": tally.value / tally.judged if tally.judged else None,
-                "failed": tally.reasons.total(),
-                "reasons": dict(sorted(tally.reasons.items())),
-            }
-            for key, tally in self._tallies.items()
+        """By reward, since the start: `{"samples", "mean", "failed", "reasons": {reason: count}}`.
+
+        A reward that was learnt says how well, under `figures`.
+        """
+        return {one.key: self._told(one) for one in self.rewards}
+
+    def _told(self, one: Weighted) -> Json:
+        tally, figures = self._tallies[one.key], getattr(one.reward, "figures", None)
+        told = {
+            "samples": tally.judged + tally.reasons.total(),
+            "mean": tally.value / tally.judged if tally.judged else None,
+            "failed": tally.reasons.total(),
+            "reasons": dict(sorted(tally.reasons.items())),
         }
+        return told if figures is None else {**told, "figures": figures}
 
     def close(self) -> None:
         """Ends processes and connections that rewards hold."""

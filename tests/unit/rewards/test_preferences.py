@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,25 @@ def test_features_are_those_of_one_conversation_alone(family: str, tmp_path: Pat
     for one, state_D in zip(CONVERSATIONS, found, strict=True):
         inputs = whole(processor, one)
         with torch.no_grad():
-            wanted_D = model.eval().model(**inputs).last_hidden_state[0, -1]
+            wanted_D = model.eval()(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
         assert processor.tokenizer.decode(inputs["input_ids"][0, -1]) == "<|im_end|>"
         assert not isinstance(state_D, Failure)
         assert torch.allclose(state_D, wanted_D.double(), atol=1e-5)
     assert float((found[0] - found[1]).abs().max()) > 0.1  # type: ignore[operator]
+
+
+def test_other_states_are_means_over_the_answer(model: Any, processor: Any) -> None:
+    asked: Any = [{"role": "user", "content": "hi"}]
+    three = [Answered(asked, "a red square"), Answered(asked, "no", cut=True), CONVERSATIONS[0]]
+    last, mean, both = (reader_of(model, processor, state=state).read(three) for state in ("last", "mean", "both"))
+    for one, last_D, mean_D, both_D in zip(three, last, mean, both, strict=True):
+        inputs = whole(processor, one)
+        tokens = len(processor.tokenizer(one.text)["input_ids"])
+        with torch.no_grad():
+            hidden_TD = model(**inputs, output_hidden_states=True).hidden_states[-1][0].double()
+        wanted_D = hidden_TD[-1 - tokens : -1 if one.cut else None].mean(0)
+        assert torch.allclose(mean_D, wanted_D, atol=1e-5)
+        assert torch.equal(both_D, torch.cat([last_D, mean_D]))
 
 
 def test_a_cut_answer_is_read_at_its_last_token(reader: FeatureReader, model: Any, processor: Any) -> None:
@@ -160,7 +175,6 @@ def test_the_adapter_that_trains_is_not_in_the_features(tiny_vlm: Path, processo
         assert not new.requires_grad  # type: ignore[union-attr]
     assert [module.training for module in model.modules()] == modes
     assert len(asked) == 2  # four conversations, three at a time
-    assert not model.get_output_embeddings()._forward_pre_hooks
 
 
 def test_a_job_that_must_stop_stops_between_forwards(model: Any, processor: Any) -> None:
@@ -233,13 +247,13 @@ def test_a_head_orders_pairs_that_it_has_not_seen(head: Head, reader: FeatureRea
     assert (held_out["low"], held_out["high"]) == wilson(right, len(unseen))
     assert head.figures["train"]["n"] == len(learnt) == head.figures["train"]["prompts"]
     assert head.figures["l2"] in fitting.PENALTIES
-    assert "end of turn" in head.figures["features"]
+    assert head.figures["state"] == "last"
     assert not {pair.prompt_hash for pair in learnt} & {pair.prompt_hash for pair in unseen}
 
 
 def plain_score(head: Head, state_D: Any) -> float:
     columns = zip(state_D.tolist(), head.mean_D.tolist(), head.scale_D.tolist(), head.weight_D.tolist(), strict=True)
-    return float(sum((f - m) / s * w for f, m, s, w in columns) - head.middle)
+    return float(sum((f - m) / s * w for f, m, s, w in columns) - head.middle) / head.spread
 
 
 def test_the_reward_is_the_odds_against_an_average_answer(head: Head, reader: FeatureReader) -> None:
@@ -252,8 +266,9 @@ def test_the_reward_is_the_odds_against_an_average_answer(head: Head, reader: Fe
         assert share == pytest.approx(1 / (1 + math.exp(-score)))  # type: ignore[operator]
     assert min(raw[0], raw[2]) > max(raw[1], raw[3])  # type: ignore[operator, type-var]
     both = [side for pair in split(pairs(60), 0.4)[0] for side in Answered.sides(pair)]
-    mean = sum(plain_score(head, state) for state in reader.read(both)) / len(both)
-    assert mean == pytest.approx(0.0, abs=1e-6)
+    found = [plain_score(head, state) for state in reader.read(both)]
+    assert statistics.mean(found) == pytest.approx(0.0, abs=1e-6)
+    assert statistics.pstdev(found) == pytest.approx(1.0)
 
 
 def test_a_sample_that_its_limit_ended_is_read_so(head: Head, reader: FeatureReader) -> None:
@@ -308,7 +323,7 @@ def test_a_head_is_kept_whole_or_not_at_all(head: Head, tmp_path: Path) -> None:
     kept = load_head(folder)
     for name in ("weight_D", "mean_D", "scale_D", "probe_D"):
         assert torch.equal(getattr(kept, name), getattr(head, name))
-    assert (kept.middle, kept.figures) == (head.middle, saved.figures)
+    assert (kept.middle, kept.spread, kept.figures) == (head.middle, head.spread, saved.figures)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["head.json", "head.safetensors", folder.name]
     assert save_head(head, folder).figures == saved.figures
     tensors = folder / "head.safetensors"
@@ -336,6 +351,7 @@ def test_a_job_learns_once_and_finds_its_head_again(model: Any, processor: Any, 
     stated = OPTIONS.model_copy(update={"head": tmp_path / "reward-preferences"})
     with combine([build(stated, backing(model, processor))]) as scorer:
         scores = scorer([sample(GOOD), sample(BAD), sample("z" * 2000)])
+        assert scorer.counts["preferences"]["figures"] == first.figures
     assert 1 > scores.totals[0] > scores.totals[1] > 0  # type: ignore[operator]
     assert scores.failed[2] == {"preferences": "too long"}
     with pytest.raises(TrainingError, match="min_accuracy=1"):
@@ -351,6 +367,15 @@ def test_another_model_s_head_is_refused(
     for other in (build_tiny_vlm(folder / "drawn", seed=1), build_tiny_vlm(folder / "wide", hidden=128)):
         with pytest.raises(TrainingError, match="learnt on another model"):
             build(stated, backing(model_of(other), processor))
+
+
+def test_a_head_says_itself_what_it_reads(model: Any, processor: Any, tmp_path: Path) -> None:
+    lent = backing(model, processor, pairs=lambda: (pairs(60), ()), folder=tmp_path)
+    learnt = build(OPTIONS.model_copy(update={"state": "both"}), lent)
+    stated = build(PreferencesOptions(head=tmp_path / "reward-preferences"), backing(model, processor))
+    assert stated([sample(GOOD)]) == learnt([sample(GOOD)])
+    assert isinstance(stated, PreferenceReward)
+    assert (stated.figures["state"], stated.figures["dim"]) == ("both", 128)
 
 
 @pytest.mark.parametrize("missing", ["model", "processor", "pairs"])

@@ -166,6 +166,6 @@ def test_when_one_reward_cannot_be_built_the_others_are_closed(monkeypatch: pyte
     built = Says("exact", len)
     monkeypatch.setitem(registry.BUILDERS, "exact", lambda options, backing: built)
     rewards = parse_rewards([{"name": "exact"}, {"name": "preferences"}])
-    with pytest.raises(TrainingError, match="preferences has no model"):
+    with pytest.raises(TrainingError, match="reward preferences has no"):
         scorer_of(RewardSettings(rewards=rewards), Backing())
     assert built.closed == 1

@@ -2,16 +2,17 @@
 
 Comes in: a model, its processor, conversations. Goes out: features, or why there are none. Must not import `serve`.
 
-The feature is the last hidden state, behind the final norm, just as the output layer reads it, at the last token of the
-answer: the end of its turn, where the model has read all of it and that it ended; or, of an answer that its limit of
-tokens cut, the last token of its text.
+The states are the language model's last hidden ones, behind the final norm, just as the output layer reads them:
+- `last`: at the last token of the answer: the end of its turn, where the model has read all of it and that it ended;
+  or, of an answer that its limit of tokens cut, the last token of its text;
+- `mean`: their mean over the answer's tokens, the end of its turn among them;
+- `both`: the two, one after the other.
 
-Shapes: B conversations in a forward, T tokens of the longest, K positions kept, D hidden size.
+Shapes: B conversations in a forward, T tokens of the longest, D features (hidden size, or twice that).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,15 +22,16 @@ import torch
 
 from noria.errors import TrainingError
 from noria.records import BLOB_SCHEME, Json, Pair
+from noria.rewards import FeatureState
 from train.data.collate import pad
-from train.data.encode import Encoded, Encoder
+from train.data.encode import IGNORED, Encoded, Encoder
 from train.data.samples import LoadImage, references
 from train.data.samples import Sample as EncodedSample
 from train.rewards.protocol import Failure, Sample
 
-STATE = "last hidden state behind the final norm, at the answer's last token (its end of turn, unless it was cut)"
 TOO_LONG = Failure("too long")
 NO_TOKENS = Failure("cannot be encoded")
+NOT_FINITE = Failure("not finite")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class FeatureReader:
     """Runs conversations through a model that is not changed by it.
 
     `frozen` is entered around each forward (see `Backing.frozen`); `check` is called before each and may raise to stop.
+    Raises TrainingError for a model that has no body under its output layer.
     """
 
     def __init__(
@@ -66,16 +69,19 @@ class FeatureReader:
         *,
         max_length: int,
         batch_size: int,
+        state: FeatureState = "last",
         frozen: Callable[[], AbstractContextManager[Any]] = nullcontext,
         check: Callable[[], None] = lambda: None,
     ) -> None:
+        if model.base_model is model:
+            raise TrainingError(f"{type(model).__name__} has no body to read features from", code="no_features")
         self._model = model
         self._encoder = Encoder(processor, lambda one: load_image(one.removeprefix(BLOB_SCHEME)), turns="last")
         self._max_length = max_length
         self._batch_size = batch_size
+        self.state: FeatureState = state
         self._frozen = frozen
         self._check = check
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def read(self, conversations: Sequence[Answered]) -> list[torch.Tensor | Failure]:
         """(D,) in float64 on the CPU for each; a failure for one that is too long or cannot be encoded."""
@@ -92,7 +98,7 @@ class FeatureReader:
             if batch:
                 states_BD = self._forward([encoded for _, encoded in batch])
                 for (at, _), state_D in zip(batch, states_BD, strict=True):
-                    found[at] = state_D if torch.isfinite(state_D).all() else Failure("not finite")
+                    found[at] = state_D if torch.isfinite(state_D).all() else NOT_FINITE
         return found
 
     def _encoded(self, one: Answered) -> Encoded | Failure:
@@ -108,16 +114,15 @@ class FeatureReader:
     def _forward(self, batch: Sequence[Encoded]) -> torch.Tensor:
         device = next(self._model.parameters()).device
         inputs = {name: value.to(device) for name, value in pad(batch, self._encoder.pad_id).items()}
-        inputs.pop("labels")
+        answer_BT = inputs.pop("labels") != IGNORED
+        with torch.no_grad(), self._frozen(), evaluating(self._model):
+            hidden_BTD = self._model.base_model(**inputs, use_cache=False).last_hidden_state
         last_B = inputs["attention_mask"].sum(1) - 1
-        keep_K, place_B = torch.unique(last_B, return_inverse=True)
-        if self._keeps:
-            inputs["logits_to_keep"] = keep_K
-        with torch.no_grad(), self._frozen(), evaluating(self._model), _output_inputs(self._model) as seen:
-            self._model(**inputs, use_cache=False)
-        hidden_BKD = seen[-1]
-        rows_B = torch.arange(len(batch), device=device)
-        return hidden_BKD[rows_B, place_B if self._keeps else last_B].double().cpu()
+        last_BD = hidden_BTD[torch.arange(len(batch), device=device), last_B].double()
+        if self.state == "last":
+            return last_BD.cpu()
+        mean_BD = (hidden_BTD.double() * answer_BT[:, :, None]).sum(1) / answer_BT.sum(1, keepdim=True)
+        return mean_BD.cpu() if self.state == "mean" else torch.cat([last_BD, mean_BD], dim=1).cpu()
 
 
 @contextmanager
@@ -130,17 +135,3 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def _output_inputs(model: Any) -> Iterator[list[torch.Tensor]]:
-    """What the output layer is given inside. Raises TrainingError for a model without one."""
-    layer = model.get_output_embeddings()
-    if layer is None:
-        raise TrainingError(f"{type(model).__name__} has no output layer to read features at", code="no_features")
-    seen: list[torch.Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    try:
-        yield seen
-    finally:
-        hook.remove()

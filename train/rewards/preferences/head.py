@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,8 +27,9 @@ _SAME = 0.1  # largest relative distance of one model's probe on two machines or
 
 @dataclass(frozen=True)
 class Head:
-    """score(f) = w . (f - mean) / scale - middle, in nats; `middle` makes it 0 on average over what it learnt from.
+    """score(f) = (w . (f - mean) / scale - middle) / spread: mean 0 and deviation 1 over the answers it learnt from.
 
+    One unit is `spread` nats: annotators choose a over b with probability sigmoid(spread (score(a) - score(b))).
     `probe_D` are the features of one fixed conversation, by which the model is known again. `figures` are what
     `head.json` says: what it learnt from, its penalty, its accuracy on held-out pairs.
     """
@@ -37,13 +38,14 @@ class Head:
     mean_D: torch.Tensor
     scale_D: torch.Tensor
     middle: float
+    spread: float
     probe_D: torch.Tensor
     figures: Json = field(default_factory=dict)
 
     def scores(self, features_ND: torch.Tensor) -> torch.Tensor:
         """(N,)."""
-        scores_N: torch.Tensor = (features_ND - self.mean_D) / self.scale_D @ self.weight_D - self.middle
-        return scores_N
+        nats_N: torch.Tensor = (features_ND - self.mean_D) / self.scale_D @ self.weight_D
+        return (nats_N - self.middle) / self.spread
 
     def require_model(self, probe_D: torch.Tensor) -> None:
         """Raises TrainingError unless the model is the one whose features the head was learnt on."""
@@ -63,13 +65,13 @@ def save_head(head: Head, folder: Path) -> Head:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     named = {name: getattr(head, name) for name in ("weight_D", "mean_D", "scale_D", "probe_D")}
-    tensors = {name.removesuffix("_D"): value.contiguous() for name, value in named.items()}
-    save_file({**tensors, "middle": torch.tensor([head.middle], dtype=torch.float64)}, beside / TENSORS)
+    named["level"] = torch.tensor([head.middle, head.spread], dtype=torch.float64)
+    save_file({name.removesuffix("_D"): value.contiguous() for name, value in named.items()}, beside / TENSORS)
     figures = {**head.figures, "sha256": _sha256(beside / TENSORS)}
     write_json(beside / FIGURES, figures)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
-    return Head(head.weight_D, head.mean_D, head.scale_D, head.middle, head.probe_D, figures)
+    return replace(head, figures=figures)
 
 
 def load_head(folder: Path) -> Head:
@@ -83,7 +85,8 @@ def load_head(folder: Path) -> Head:
     if _sha256(folder / TENSORS) != figures.get("sha256"):
         raise IntegrityError(f"{folder / TENSORS} is not what {FIGURES} beside it says")
     held = load_file(folder / TENSORS)
-    return Head(held["weight"], held["mean"], held["scale"], float(held["middle"][0]), held["probe"], figures)
+    middle, spread = held["level"].tolist()
+    return Head(held["weight"], held["mean"], held["scale"], middle, spread, held["probe"], figures)
 
 
 def _sha256(file: Path) -> str:

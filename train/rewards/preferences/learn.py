@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,7 +20,7 @@ from noria.evals.scores import rate_of
 from noria.records import Json, Pair
 from noria.rewards import PreferencesOptions
 from train.data.snapshot import is_held_out
-from train.rewards.preferences.features import STATE, Answered, FeatureReader
+from train.rewards.preferences.features import Answered, FeatureReader
 from train.rewards.preferences.fit import choose_penalty, fit, logistic_loss
 from train.rewards.preferences.head import Head
 from train.rewards.protocol import Failure
@@ -55,8 +55,8 @@ def learn_head(
     learnt, unseen = _read(reader, train), _read(reader, held_out)
     _require_pairs(len(learnt.prompts), len(unseen.prompts), options, learnt.left_out, unseen.left_out)
     head = _fitted(learnt, probe_D, options)
-    figures = {**head.figures, "held_out": _accuracy(head, unseen) | {"left_out": unseen.left_out}}
-    head = Head(head.weight_D, head.mean_D, head.scale_D, head.middle, head.probe_D, figures)
+    held = _accuracy(head, unseen) | {"left_out": unseen.left_out}
+    head = replace(head, figures={**head.figures, "state": reader.state, "held_out": held})
     require_accuracy(head, options)
     return head
 
@@ -90,17 +90,18 @@ def _fitted(learnt: _Features, probe_D: torch.Tensor, options: PreferencesOption
     differences_ND = (learnt.chosen_ND - learnt.rejected_ND) / scale_D
     l2, losses = (options.l2, {}) if options.l2 else choose_penalty(differences_ND, learnt.prompts)
     weight_D = fit(differences_ND, l2)
-    middle = float(((both_ND - mean_D) / scale_D @ weight_D).mean())
-    head = Head(weight_D, mean_D, scale_D, middle, probe_D)
+    nats_N = (both_ND - mean_D) / scale_D @ weight_D
+    spread = float(nats_N.std(correction=0)) or 1.0
+    head = Head(weight_D, mean_D, scale_D, float(nats_N.mean()), spread, probe_D)
     figures: Json = {
-        "features": STATE,
         "dim": dim,
+        "spread_nats": spread,
         "l2": l2,
         "l2_losses": losses,
         "loss": float(logistic_loss(differences_ND, weight_D)),
         "train": _accuracy(head, learnt) | {"left_out": learnt.left_out, "prompts": len(set(learnt.prompts))},
     }
-    return Head(weight_D, mean_D, scale_D, middle, probe_D, figures)
+    return replace(head, figures=figures)
 
 
 def _accuracy(head: Head, pairs: _Features) -> Json:

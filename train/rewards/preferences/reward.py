@@ -3,8 +3,8 @@
 Comes in: options, and from the job a model, its processor, pictures and pairs. Goes out: scores.
 Must not import `serve`.
 
-Pairs compare answers to one prompt, so only differences between answers to one prompt mean anything: exp(a - b) are
-the odds that annotators choose the one with raw score a. From prompt to prompt the scores' level is arbitrary.
+Pairs compare answers to one prompt, so only differences between answers to one prompt mean anything; from prompt to
+prompt the scores' level is arbitrary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from noria.errors import TrainingError
 from noria.records import Json
-from noria.rewards import PreferencesOptions
+from noria.rewards import FeatureState, PreferencesOptions
 from train.rewards.preferences.features import Answered, FeatureReader
 from train.rewards.preferences.head import Head, load_head, save_head
 from train.rewards.preferences.learn import PROBE, learn_head, require_accuracy
@@ -40,7 +40,7 @@ class PreferenceReward:
         return self._head.figures
 
     def __call__(self, samples: Sequence[Sample]) -> list[Value]:
-        """Raw scores in nats, 0 for the mean of the answers that the head was learnt from, or their sigmoid."""
+        """Raw scores, of mean 0 and deviation 1 over the answers that the head was learnt from, or their sigmoid."""
         return [self._value(state) for state in self._reader.read([Answered.of(sample) for sample in samples])]
 
     def _value(self, state: torch.Tensor | Failure) -> Value:
@@ -55,18 +55,12 @@ def preference_reward(options: PreferencesOptions, backing: Backing) -> Preferen
 
     Raises TrainingError: the job lends no model or no pairs, the head is another model's, or below `min_accuracy`.
     """
-    reader = _reader(options, backing)
     kept: Path | None = None if backing.folder is None else Path(backing.folder) / f"reward-{options.key}"
-    if options.head is not None:
-        head = load_head(options.head)
-    elif kept is not None and kept.is_dir():
-        head = load_head(kept)
-    else:
-        if backing.pairs is None:
-            raise _missing("preferences to learn from")
-        head = learn_head(*backing.pairs(), reader, options)
-        head = head if kept is None else save_head(head, kept)
-        return PreferenceReward(head, reader, options)
+    folder = options.head or (kept if kept is not None and kept.is_dir() else None)
+    if folder is None:
+        return _learnt(options, backing, kept)
+    head = load_head(folder)
+    reader = _reader(options, backing, head.figures["state"])
     probe_D = reader.read([PROBE])[0]
     if isinstance(probe_D, Failure):
         raise TrainingError(f"the model's features cannot be read: {probe_D.reason}", code="no_features")
@@ -75,7 +69,15 @@ def preference_reward(options: PreferencesOptions, backing: Backing) -> Preferen
     return PreferenceReward(head, reader, options)
 
 
-def _reader(options: PreferencesOptions, backing: Backing) -> FeatureReader:
+def _learnt(options: PreferencesOptions, backing: Backing, kept: Path | None) -> PreferenceReward:
+    if backing.pairs is None:
+        raise _missing("preferences to learn from")
+    reader = _reader(options, backing, options.state)
+    head = learn_head(*backing.pairs(), reader, options)
+    return PreferenceReward(head if kept is None else save_head(head, kept), reader, options)
+
+
+def _reader(options: PreferencesOptions, backing: Backing, state: FeatureState) -> FeatureReader:
     if backing.model is None or backing.processor is None:
         raise _missing("model")
     model: Any = backing.model()
@@ -85,6 +87,7 @@ def _reader(options: PreferencesOptions, backing: Backing) -> FeatureReader:
         backing.load_image if backing.load_image is not None else _no_pictures,
         max_length=options.max_length,
         batch_size=options.batch_size,
+        state=state,
         frozen=backing.frozen,
         check=backing.check,
     )
