@@ -7,16 +7,18 @@ whatever no other took). Must not import vllm or grpc.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
-from noria.errors import Unavailable
+from noria.errors import NoriaError, Unavailable
 from noria.records import Json
 from serve.api.errors import NoriaRoute, check_key
 from serve.api.http import body_of
 from serve.sampling.service import Sampling
+
+MOST_REFUSED_BYTES = 256 * 2**20
 
 
 def build_sampling_router(sampling: Sampling, api_key: str | None) -> APIRouter:
@@ -30,8 +32,12 @@ def build_sampling_router(sampling: Sampling, api_key: str | None) -> APIRouter:
     @router.put("/adapters/{name}")
     async def put_adapter(name: str, request: Request) -> JSONResponse:
         """Loads a policy adapter: 201, or 200 where the same bytes are loaded under that name already."""
-        query = {**request.query_params, "name": name}
-        adapter, created = await sampling.put_adapter(query, request.stream())
+        query, body = {**request.query_params, "name": name}, request.stream()
+        try:
+            adapter, created = await sampling.put_adapter(query, body)
+        except NoriaError:
+            await read_on(body)
+            raise
         return JSONResponse(adapter, status_code=201 if created else 200)
 
     @router.get("/adapters")
@@ -51,6 +57,15 @@ def build_sampling_router(sampling: Sampling, api_key: str | None) -> APIRouter:
         return await while_connected(request, sampling.sample(body))
 
     return router
+
+
+async def read_on(body: AsyncIterator[bytes]) -> None:
+    """Takes the rest of an upload that was refused: a client that still sends may never see why, were it cut off."""
+    left = MOST_REFUSED_BYTES
+    async for chunk in body:
+        left -= len(chunk)
+        if left < 0:
+            return
 
 
 async def while_connected(request: Request, work: Coroutine[None, None, Json]) -> Json:

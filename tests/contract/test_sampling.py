@@ -156,6 +156,15 @@ def test_uploads_that_are_refused(
     assert refused.value.code == code or isinstance(refused.value, NotFound)
 
 
+def test_why_a_large_upload_was_refused_reaches_who_sent_it(door: Place, adapter: Path) -> None:
+    """Also while it is still being sent."""
+    (adapter / "adapter_model.safetensors").write_bytes(bytes(30 * 2**20))
+    with pytest.raises(Superseded):
+        door.put_adapter("step-1", "v0", 60.0, adapter)
+    with pytest.raises(InvalidRequest, match="longer than the largest adapter"):
+        door.put_adapter("step-1", "v1", 60.0, adapter)
+
+
 def test_a_server_without_room_for_adapters_says_what_to_set(tmp_path: Path, adapter: Path) -> None:
     """The base is sampled all the same."""
     fake = FakeSystem(tmp_path / "home", adapters=0)

@@ -163,3 +163,12 @@ def test_a_row_longer_than_the_models_window_is_not_shared(loaded: tuple[Any, An
     assert layouts.lay_out([one]).inputs["attention_mask"].ndim == 4
     layouts._window = one.tokens - 1
     assert layouts.lay_out([one]).inputs["attention_mask"].shape[0] == len(ANSWERS)
+
+
+def test_answers_that_are_long_beside_their_prompt_are_not_shared(loaded: tuple[Any, Any]) -> None:
+    processor, model = loaded
+    one = row(prepared(processor, TEXT), ANSWERS)
+    layouts = Layouts(model, pad_id=3)
+    long = Row(one.prompt, tuple((50,) * 500 for _ in range(4)))
+    assert layouts.lay_out([one]).inputs["input_ids"].shape[0] == 1
+    assert layouts.lay_out([long]).inputs["input_ids"].shape == (4, len(one.prompt) + 500)

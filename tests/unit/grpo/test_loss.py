@@ -27,11 +27,10 @@ NOISE = (0.4, -0.3, 0.05, -0.9, 0.0, 0.7, -0.1)  # what the engine's log-probabi
 RATE = 6e-3  # so large that the second pass is clipped
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each family's."""
-    folder: Path = build_tiny_family(tmp_path_factory.mktemp(request.param), request.param)
-    return folder
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One of each family."""
+    return {family: build_tiny_family(tmp_path_factory.mktemp(family), family) for family in ("llava", "qwen2_5_vl")}
 
 
 def passes(checkpoint: Path, folder: Path, grpo: GrpoSettings) -> tuple[list[Step], list[Sampled], list[Any]]:
@@ -79,13 +78,24 @@ def token_losses(
         ratio = (now - old).mean().exp().expand(len(now))
     if grpo.loss_type == "cispo":  # MiniMax-M1, eq. 4
         gain = ratio.clamp(max=grpo.epsilon_high) * advantage * now
+    elif grpo.loss_type == "sapo":  # eq. 6: a gate in place of a clip, 1.0 and 1.05 its temperatures
+        tau = 1.0 if advantage > 0 else 1.05
+        gain = torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage
+    elif grpo.loss_type == "vespo":  # phi(w) = e^l w^k e^(-l w), w of the whole answer and the engine's part in it
+        k, pull = (2.0, 3.0) if advantage >= 0 else (3.0, 2.0)
+        w = ((now - old).sum() + correction(old, engine, grpo).log().sum()).exp()
+        return -(pull + k * w.log() - pull * w).exp() * advantage * now + grpo.beta * _kl(now, old, ref, grpo)
     else:
         clipped = ratio.clamp(1 - grpo.epsilon_low, 1 + grpo.epsilon_high)
         gain = torch.minimum(ratio * advantage, clipped * advantage)
+    return -correction(old, engine, grpo) * gain + grpo.beta * _kl(now, old, ref, grpo)
+
+
+def _kl(now: torch.Tensor, old: torch.Tensor, ref: torch.Tensor, grpo: GrpoSettings) -> torch.Tensor:
+    """k3 of each token; unbiased, times the ratio."""
     kl = (ref - now).exp() - (ref - now) - 1
-    if grpo.unbiased_kl:
-        kl = kl * ratio
-    return -correction(old, engine, grpo) * gain + grpo.beta * kl
+    ratio = (now - old).exp() if grpo.ratio_level == "token" else (now - old).mean().exp()
+    return kl * ratio if grpo.unbiased_kl else kl
 
 
 def reference(groups: list[Sampled], models: list[Any], number: int, sampler: Any, grpo: GrpoSettings) -> float:
@@ -99,11 +109,13 @@ def reference(groups: list[Sampled], models: list[Any], number: int, sampler: An
             engine = torch.tensor(one.logprobs, dtype=torch.float64)
             answers.append(token_losses(now, old, old, engine, advantage, grpo))
     tokens = sum(len(one) for one in answers)
-    if grpo.loss_type == "grpo":  # 1/G sum over answers of 1/|o| sum over tokens
+    if grpo.loss_type in ("grpo", "sapo"):  # 1/G sum over answers of 1/|o| sum over tokens
         return float(sum(one.mean() for one in answers) / len(answers))
+    if grpo.loss_type == "luspo":  # an answer counts by its length
+        return float(sum(one.sum() for one in answers) / len(answers))
     if grpo.loss_type == "dr_grpo":  # a constant in place of |o|
         return float(sum(one.sum() for one in answers) / (len(answers) * grpo.max_tokens))
-    assert grpo.loss_type in ("dapo", "cispo", "bnpo")
+    assert grpo.loss_type in ("dapo", "cispo", "bnpo", "vespo")
     return float(sum(one.sum() for one in answers) / tokens)
 
 
@@ -136,11 +148,20 @@ CASES: dict[str, dict[str, Any]] = {
     "bnpo": {"loss_type": "bnpo", "micro_batch_size": 8},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
     "gspo": {"loss_type": "grpo", "ratio_level": "sequence", "epsilon_low": 0.03, "epsilon_high": 0.04},
+    "sapo": {"loss_type": "sapo"},
+    "luspo": {"loss_type": "luspo", "ratio_level": "sequence", "epsilon_low": 0.03, "epsilon_high": 0.04},
+    "vespo": {"loss_type": "vespo", "importance_high": 1.4},
 }
 
 
-@pytest.mark.parametrize("case", list(CASES))
-def test_the_loss_is_the_papers(checkpoint: Path, tmp_path: Path, case: str) -> None:
+QWEN = ("grpo, tokens truncated", "dr_grpo, answers truncated", "dapo, tokens masked", "dapo, temperature", "cispo")
+
+
+@pytest.mark.parametrize(
+    ("family", "case"), [*(("llava", case) for case in CASES), *(("qwen2_5_vl", case) for case in QWEN)]
+)
+def test_the_loss_is_the_papers(checkpoints: dict[str, Path], tmp_path: Path, family: str, case: str) -> None:
+    checkpoint = checkpoints[family]
     told = {"beta": 0.3, "epsilon_low": 0.05, "epsilon_high": 0.08, "iterations": 2, **CASES[case]}
     grpo = settings(**told)
     steps, groups, models = passes(checkpoint, tmp_path, grpo)
@@ -148,7 +169,8 @@ def test_the_loss_is_the_papers(checkpoint: Path, tmp_path: Path, case: str) -> 
     expected = [reference(groups, models, number, sampler, grpo) for number in (0, 1)]
     assert [step.loss for step in steps] == pytest.approx(expected, abs=TOLERANCE)
     assert abs(expected[0] - expected[1]) > 100 * TOLERANCE
-    assert steps[1].metrics["clipped"] > 0
+    if grpo.loss_type not in ("sapo", "vespo"):
+        assert steps[1].metrics["clipped"] > 0
     assert [step.metrics["staleness"] for step in steps] == [0.0, 1.0]
     if grpo.importance_sampling != "none":
         assert steps[0].metrics["ratio_outside"] > 0

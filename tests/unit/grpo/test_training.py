@@ -242,3 +242,17 @@ def test_two_trainings_are_the_same_to_the_last_bit(trained: Trained, tmp_path: 
     _, other = run(checkpoint, TinySampler(checkpoint), tmp_path / "other", settings(steps=1, seed=5))
     assert other[0].metrics["reward"] != steps[0].metrics["reward"]
     assert json.loads((folder / "adapter" / "modules.json").read_text())["language_model"]["policy"] == "lora"
+
+
+def test_bfloat16_learns_as_float32(trained: Trained, tmp_path: Path) -> None:
+    """Autocast over float32 weights, with attention that is written out; the engine is as near as rounding allows."""
+    checkpoint, _, _, _, steps = trained
+    grpo = settings(steps=2, precision="bfloat16")
+    report, found = run(checkpoint, TinySampler(checkpoint), tmp_path / "half", grpo, dtype=None)
+    assert report.dtype == "float32"
+    assert found[0].metrics["reward"] == steps[0].metrics["reward"]  # the same samples
+    assert found[0].metrics["entropy"] == pytest.approx(steps[0].metrics["entropy"], abs=0.02)
+    assert 1e-4 < found[0].metrics["divergence_absolute"] < 0.05
+    assert found[0].grad_norm == pytest.approx(steps[0].grad_norm, rel=0.1)
+    with pytest.raises(TrainingError, match=r"grpo\.precision='bfloat16' would be ignored: train\.base='gptq' decides"):
+        run(checkpoint, TinySampler(checkpoint), tmp_path / "odd", grpo, dtype=None, base="gptq")

@@ -5,8 +5,9 @@ hidden states each answer's tokens are predicted. Must not import `serve`.
 
 A row with several answers is the prompt and, behind it, one answer after the other. A mask lets an answer see the
 prompt and itself, and its positions go on where the prompt's end, so that each answer's numbers are those that it has
-alone: with P prompt tokens and G answers of C, a row has P + G C tokens in place of G (P + C). Where the attention
-takes no such mask, or a row is longer than the model's window, every answer gets a row of its own.
+alone: with P prompt tokens and G answers of C, a row has P + G C tokens in place of G (P + C). Every answer gets a row
+of its own where the attention takes no such mask, where a row is longer than the model's window, and where answers are
+so long beside their prompt that attention over all of them costs more than running the prompt again.
 
 Shapes: R rows, T tokens of the longest, B answers over all rows, C tokens of the longest answer.
 """
@@ -60,12 +61,13 @@ class Layouts:
         self._attention = str(text._attn_implementation)
         self._share = share_prompts and self._attention in MASKED_ATTENTION
         self._window = getattr(text, "sliding_window", None)
+        self._width = int(text.hidden_size)
         self._rope_index: RopeIndex | None = getattr(model.model, "get_rope_index", None)
         self._pad_id = pad_id
 
     def lay_out(self, rows: Sequence[Row]) -> Layout:
         """The rows' forward, its answers in the order of the rows."""
-        together = self._share and (self._window is None or max(row.tokens for row in rows) <= self._window)
+        together = self._share and self._fits(rows) and self._cheaper(rows)
         laid = list(rows) if together else [Row(r.prompt, (one,), r.pictures) for r in rows for one in r.answers]
         ids_RT = _padded([[*row.prompt, *(t for one in row.answers for t in one)] for row in laid], self._pad_id)
         inputs: dict[str, Any] = {"input_ids": ids_RT, "use_cache": False}
@@ -85,6 +87,18 @@ class Layouts:
             mask_BC=_padded([[1] * len(one) for one in answers], 0),
             places_BC=_padded(_places(laid, ids_RT.shape[1]), 0),
         )
+
+    def _fits(self, rows: Sequence[Row]) -> bool:
+        return self._window is None or max(row.tokens for row in rows) <= self._window
+
+    def _cheaper(self, rows: Sequence[Row]) -> bool:
+        """A layer of width D costs some 24 D D a token for its linears and 4 D T for its attention over T tokens."""
+
+        def cost(tokens: int) -> int:
+            return tokens * (6 * self._width + tokens)
+
+        alone = sum(cost(len(row.prompt) + len(one)) for row in rows for one in row.answers)
+        return sum(cost(row.tokens) for row in rows) <= alone
 
     def _positions(self, row: Row) -> torch.Tensor:
         """(1, T), or (4, T) where pictures have rows and columns: the order, then time, height and width."""

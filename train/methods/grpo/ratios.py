@@ -33,11 +33,14 @@ def weights(log_r_BC: torch.Tensor, mask_BC: torch.Tensor, grpo: GrpoSettings) -
     if kind.startswith("sequence"):
         log_r = log_r.sum(-1, keepdim=True).clamp(-_MOST, _MOST)
     r = log_r.exp()
-    low = -math.inf if grpo.importance_low is None else grpo.importance_low
-    high = math.inf if grpo.importance_high is None else grpo.importance_high
-    if kind.endswith("truncate"):
-        return r.clamp(low, high)
-    return r.masked_fill((r < low) | (r > high), 0.0)
+    low, high = _bounds(grpo)
+    r = r.clamp(low, high) if kind.endswith("truncate") else r.masked_fill((r < low) | (r > high), 0.0)
+    return r if kind.startswith("sequence") else r.masked_fill(mask_BC == 0, 1.0)
+
+
+def _bounds(grpo: GrpoSettings) -> tuple[float, float]:
+    low, high = grpo.importance_low, grpo.importance_high
+    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 @dataclass
@@ -70,8 +73,7 @@ class Distance:
         self.ratios += r.numel()
         self.ratio += float(r.sum())
         self.least, self.most = min(self.least, float(r.min())), max(self.most, float(r.max()))
-        low = -math.inf if grpo.importance_low is None else grpo.importance_low
-        high = math.inf if grpo.importance_high is None else grpo.importance_high
+        low, high = _bounds(grpo)
         self.outside += int(((r < low) | (r > high)).sum())
 
     def figures(self) -> dict[str, float]:
