@@ -64,7 +64,7 @@ class Setup:
 def write_rows(folder: Path, count: int, seed: int = 0) -> Path:
     """Dialogues of 1 to TURNS questions about drawn scenes, in TRL's prompt and completion, which both sides read."""
     file = folder / "rows.jsonl"
-    load = ImageLoader()
+    load = ImageLoader(named=True)
     with file.open("w") as sink:
         for number, one in enumerate(read(DataSource(source="scenes", count=count, seed=seed), "sft")):
             sample = cast(Sample, one)
@@ -94,7 +94,7 @@ def ours(setup: Setup, scratch: Path, *, packing: bool, grouped: bool) -> Callab
         checkpoint_every=10**6,
     )
     samples = cast("list[Sample]", read(stage.data[0], "sft"))
-    processor, load = load_processor(setup.master), ImageLoader()
+    processor, load = load_processor(setup.master), ImageLoader(named=True)
     measured = measure(processor, samples, load, stage, scratch / "measured.json")
     architecture = read_architecture(setup.master)
     transformers.set_seed(stage.seed)
@@ -161,7 +161,7 @@ def prepare(folder: Path, master: Path | None, count: int, batch: int) -> Setup:
         master = build_tiny_vlm(folder / "model", **size)  # type: ignore[arg-type]
     file = write_rows(folder, count)
     samples = cast("list[Sample]", read(DataSource(source=str(file)), "sft"))
-    encoder = Encoder(load_processor(master), ImageLoader(), LIMIT)
+    encoder = Encoder(load_processor(master), ImageLoader(named=True), LIMIT)
     return Setup(master, file, encoder.measure(samples).lengths, batch)
 
 

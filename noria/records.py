@@ -1,11 +1,13 @@
 """The nouns of Noria as frozen values, the same from wire to table to manifest.
 
-Comes in: plain values. Goes out: dataclasses that store, server and trainer hand to each other.
+Comes in: plain values. Goes out: dataclasses that store, server and trainer hand to each other, and which pictures
+messages show.
 Times are seconds since the epoch (float); `*_s` are durations in seconds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +22,23 @@ RolloutState = Literal["queued", "running", "succeeded", "failed"]
 MODULES: tuple[Module, ...] = ("vision_tower", "aligner", "language_model")
 STAGES: tuple[Stage, ...] = ("snapshot", "train", "merge", "quantize", "verify", "publish", "rollout")
 BLOB_SCHEME = "noria-blob:"  # an image in stored messages: {"type":"image_url","image_url":{"url":"noria-blob:SHA256"}}
+PICTURE_PARTS = ("image_url", "image", "input_image")  # types of a message's parts that show a picture
+
+
+def image_references(messages: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What the pictures of OpenAI messages are called, in the order in which the messages show them.
+
+    One for each picture, as it stands there: a stored one is `noria-blob:SHA256`; "" where a part names none.
+    """
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return tuple(_reference(part) for part in parts if isinstance(part, Mapping) and part.get("type") in PICTURE_PARTS)
+
+
+def _reference(part: Mapping[str, Any]) -> str:
+    shown = part.get("image_url")
+    url = shown.get("url") if isinstance(shown, Mapping) else shown
+    return url if isinstance(url, str) else ""
 
 
 @dataclass(frozen=True)
@@ -148,7 +167,7 @@ class Pair:
     rejected: str
     created_at: float
     annotator: str | None = None
-    images: tuple[str, ...] = ()  # sha256, in the order in which the messages show them
+    images: tuple[str, ...] = ()  # the messages' `image_references`
     chosen_cut: bool = False  # the answer ran into its limit of tokens: the model did not end its turn there
     rejected_cut: bool = False
 

@@ -1,6 +1,6 @@
 """Tiny random models of every family of the module map, and one batch that shows each of them a picture.
 
-Comes in: a family of `tests.unit.test_modules`. Goes out: a model of two blocks and two layers on the CPU, and the
+Comes in: a family of `tests.tiny_families`. Goes out: a model of two blocks and two layers on the CPU, and the
 tensors of its forward, image placeholders counted by the model itself. Nothing is downloaded, no processor is needed.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from noria.modules import Architecture, architecture_of
-from tests.unit.test_modules import FAMILIES, build
+from tests.tiny_families import FAMILIES, random_model
 
 IMAGE_ID = 5  # the placeholder's id in the tiny vocabulary of 64
 TOKEN_IDS = {
@@ -29,7 +29,7 @@ def tiny(family: str, seed: int = 0, **changes: Any) -> Any:
     import torch
 
     torch.manual_seed(seed)
-    model = build(family, **changes)
+    model = random_model(family, **changes)
     for name, value in TOKEN_IDS.items():
         if hasattr(model.config, name):
             setattr(model.config, name, value)
@@ -72,7 +72,7 @@ def _pictures(family: str, generator: Any) -> dict[str, Any]:
     if family.startswith("qwen"):
         return {"pixel_values": draw(2 * 16, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
     if family in ("llava_next", "llava_onevision"):
-        return {"pixel_values": draw(2, 2, 3, 16, 16), "image_sizes": torch.tensor([[16, 16]] * 2)}
+        return {"pixel_values": draw(2, 3, 3, 16, 16), "image_sizes": torch.tensor([[16, 16]] * 2)}  # whole, two tiles
     if family in ("idefics3", "smolvlm"):
         return {"pixel_values": draw(2, 1, 3, 16, 16), "pixel_attention_mask": torch.ones(2, 1, 16, 16).bool()}
     return {"pixel_values": draw(2, 3, 16, 16)}

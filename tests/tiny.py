@@ -79,7 +79,7 @@ def build_tiny_vlm(
     from transformers import LlavaForConditionalGeneration
 
     if family != "llava":
-        raise ValueError(f"family={family!r}: only 'llava' is written as a checkpoint; see tests/unit/test_modules.py")
+        raise ValueError(f"family={family!r}: only 'llava' is written here; see tests.tiny_families")
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     config = llava_config(

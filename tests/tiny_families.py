@@ -1,6 +1,7 @@
-"""Builds a tiny random checkpoint of any family of the module map: model, tokenizer, processor, chat template.
+"""Builds a tiny random model of any family of the module map, alone or as a checkpoint: with tokenizer and processor.
 
-Comes in: a path and a family's `model_type`. Goes out: a folder that transformers loads, a few hundred kilobytes.
+Comes in: a family's `model_type`, a path. Goes out: a model, or a folder that transformers loads, of a few hundred
+kilobytes.
 Nothing is downloaded. Imports torch and transformers inside functions only: collecting tests stays quick.
 For LLaVA as vLLM and gptqmodel load it see `tests.tiny`.
 """
@@ -22,7 +23,7 @@ TEXT = {
     "max_position_embeddings": 2048,
     "bos_token_id": None,
 }
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP = {**TOWER, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 4}
 SIGLIP = {**TOWER, "model_type": "siglip_vision_model", "image_size": 16, "patch_size": 4, "vision_use_head": False}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
@@ -30,7 +31,7 @@ QWEN_TOWER = {"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "i
 GRID = [[16, 32], [32, 16], [32, 32]]
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llava": {},
+    "llava": {"vision_config": CLIP, "text_config": {"model_type": "llama"}},
     "llava_next": {
         "vision_config": CLIP,
         "text_config": {"model_type": "mistral"},
@@ -63,6 +64,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vision_config": {**TOWER, "image_size": [16, 16], "patch_size": [4, 4]},
         "text_config": {"model_type": "qwen3"},
         "image_seq_length": 4,
+        "tie_word_embeddings": False,
     },
     "idefics3": {
         "vision_config": {**TOWER, "image_size": 16, "patch_size": 4},
@@ -91,6 +93,14 @@ _SPECIAL: dict[str, dict[str, str]] = {
     },
 }
 _TILES = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<row_1_col_1>", "<row_1_col_2>")
+
+
+def random_model(family: str, **changes: Any) -> Any:
+    """A model alone, on the CPU, of 64 tokens; `changes` win over the table."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = {**_sized(family, 64, pad_token_id=0, bos_token_id=1, eos_token_id=2), **changes}
+    return AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **config))
 
 
 def build_tiny_family(path: Path, family: str, seed: int = 0) -> Path:
@@ -133,14 +143,19 @@ def family_tokenizer(family: str) -> Any:
     return tokenizer
 
 
+def _sized(family: str, tokens: int, **ids: int) -> dict[str, Any]:
+    """The family's configuration over a vocabulary of so many tokens."""
+    config = FAMILIES[family]
+    return {**config, **ids, "text_config": {**TEXT, "vocab_size": tokens, **ids, **config["text_config"]}}
+
+
 def _config(family: str, tokenizer: Any) -> dict[str, Any]:
-    config = {**FAMILIES[family]}
     token = _SPECIAL.get(family, {}).get("context_image_token") or _SPECIAL.get(family, {}).get(
         "image_token", "<image>"
     )
     size = len(tokenizer) + -len(tokenizer) % 32
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config["text_config"] = {**TEXT, "vocab_size": size, **ids, **config["text_config"]}
+    config = _sized(family, size, **ids)
     numbers = {name: tokenizer.convert_tokens_to_ids(word) for name, word in _SPECIAL.get(family, {}).items()}
     config["image_token_id"] = tokenizer.convert_tokens_to_ids(token)
     if family in _QWEN:
@@ -149,7 +164,7 @@ def _config(family: str, tokenizer: Any) -> dict[str, Any]:
         config["vision_end_token_id"] = numbers["vision_eos_token"]
     if family in ("idefics3", "smolvlm"):
         config["scale_factor"] = 2
-    return {**config, **ids}
+    return config
 
 
 def _processor(family: str, tokenizer: Any) -> Any:

@@ -26,6 +26,7 @@ from noria.store import Store
 from train.data.snapshot import select
 from train.heartbeat import Heartbeat
 from train.log import EventLog
+from train.pipeline.context import JobContext
 from train.policy import Decision, Facts, check_window, decide
 
 AUTOMATIC = ("min_preferences", "window")
@@ -131,28 +132,31 @@ class Trainer:
 
 def run_claimed(trainer: Trainer, job: Job) -> str:
     """The pipeline over one claimed job; imports torch at the first."""
-    from train.pipeline.context import JobContext
     from train.pipeline.runner import run_job
 
     try:
-        recipe, train = job_settings(trainer.settings.train, job.settings)
+        ctx = job_context(trainer, job)
     except SettingsError as error:
         wrong = {"code": error.code, "message": error.message}
         trainer.store.finish_job(job.id, trainer.owner, "failed", error=wrong)
         return "failed"
-    return run_job(
-        JobContext(
-            store=trainer.store,
-            registry=trainer.registry,
-            blobs=trainer.blobs,
-            settings=trainer.settings,
-            train=train,
-            job=job,
-            owner=trainer.owner,
-            check=trainer.heartbeat.check,
-            log=trainer.log,
-            recipe=recipe,
-        )
+    return run_job(ctx)
+
+
+def job_context(trainer: Trainer, job: Job) -> JobContext:
+    """What the stages of a trainer's job are handed. Raises SettingsError, as `job_settings`."""
+    recipe, train = job_settings(trainer.settings.train, job.settings)
+    return JobContext(
+        store=trainer.store,
+        registry=trainer.registry,
+        blobs=trainer.blobs,
+        settings=trainer.settings,
+        train=train,
+        job=job,
+        owner=trainer.owner,
+        check=trainer.heartbeat.check,
+        log=trainer.log,
+        recipe=recipe,
     )
 
 

@@ -33,6 +33,20 @@ def main(settings: Settings, argv: Sequence[str]) -> int:
     """Runs a recipe, or goes on with the job that was left. 0 when it succeeded, 130 when it was interrupted."""
     asked = _arguments(argv)
     wanted = None if asked.recipe is None else _job(settings, asked)
+    job, outcome = run_here(settings, wanted, asked.rollout)
+    if asked.json:
+        print(json.dumps(job.to_wire(), indent=2, ensure_ascii=False))
+    elif outcome == "succeeded":
+        print(f"{job.id} succeeded, made {job.version}")
+    return told_end(job, outcome)
+
+
+def run_here(settings: Settings, wanted: Json | None, rollout: str = "none") -> tuple[Job, str]:
+    """Makes a job of method `recipe` with the settings `wanted`, or takes up the one that was left, and runs it.
+
+    Returns the job and how it went. From here on the process stops in order at a first SIGTERM or SIGINT. Raises
+    Conflict when another job is open, or none was left.
+    """
     stopping = threading.Event()
     log = EventLog()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -41,7 +55,7 @@ def main(settings: Settings, argv: Sequence[str]) -> int:
     with Store.open(settings.store_url) as store:
         trainer = Trainer(settings, store, stopping, log)
         trainer.registry.reconcile()
-        job = _claim(trainer, wanted, asked.rollout)
+        job = _claim(trainer, wanted, rollout)
         trainer.heartbeat.work(job.id)
         trainer.heartbeat.start()
         try:
@@ -49,7 +63,7 @@ def main(settings: Settings, argv: Sequence[str]) -> int:
                 outcome = trainer.work(job)
         finally:
             trainer.heartbeat.stop()
-        return _told(store.get_job(job.id), outcome, as_json=asked.json)
+        return store.get_job(job.id), outcome
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -89,11 +103,8 @@ def _claim(trainer: Trainer, wanted: Json | None, rollout: str) -> Job:
         raise Conflict(f"{error.message}: {advice}", code=error.code) from error
 
 
-def _told(job: Job, outcome: str, *, as_json: bool) -> int:
-    if as_json:
-        print(json.dumps(job.to_wire(), indent=2, ensure_ascii=False))
-    elif outcome == "succeeded":
-        print(f"{job.id} succeeded, made {job.version}")
+def told_end(job: Job, outcome: str) -> int:
+    """Says on standard error why a job did not succeed. 0 when it did, 130 when it was interrupted."""
     try:
         _raise_ended(job, outcome)
     except NoriaError as error:

@@ -1,4 +1,4 @@
-"""`noria model`: taking a checkpoint in.
+"""`noria model`: taking a checkpoint in, and training the embedded model's eyes anew.
 
 Comes in: a folder, or a hub id that is downloaded first. Goes out: a process of `python -m train model ...`, which
 quantises, verifies and publishes it. Must not import train.
@@ -21,6 +21,7 @@ from noria.errors import NotFound, Unavailable
 group = typer.Typer(no_args_is_help=True, help="Take in a model.", epilog="Example: noria model add /models/llava")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+OTHER_RECIPE = "Another recipe than the one by which the shipped eyes were made."
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickles, no other frameworks' weights
 
 
@@ -40,6 +41,22 @@ def add(
     folder = fetched(source)
     extra = ["--json"] if as_json else []
     become(place(ctx), "train", ["model", "add", str(folder), *flags_of(name=name or name_of(source)), *extra])
+
+
+@group.command("build-embedded", epilog="Example: noria model build-embedded --out eyes")
+def build_embedded(
+    ctx: typer.Context,
+    out: Annotated[Path | None, typer.Option(help="Where the eyes go. Default: eyes/ in the home.")] = None,
+    recipe: Annotated[Path | None, typer.Option(metavar="RECIPE.toml", help=OTHER_RECIPE)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Trains the embedded model's eyes anew: blank model, recipe, export. Called again, it goes on where it was."""
+    if recipe is not None:
+        from noria.recipes import load_recipe
+
+        load_recipe(recipe)  # said here, in one line and at once
+    extra = ["--json"] if as_json else []
+    become(place(ctx), "train", ["model", "build-embedded", *flags_of(out=out, recipe=recipe), *extra])
 
 
 @group.command("list", epilog="Example: noria model list --json")
@@ -83,4 +100,14 @@ def _master(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         model_type = None
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return {"name": folder.name, "path": str(folder), "model_type": model_type, "bytes": size}
+    told = {"name": folder.name, "path": str(folder), "model_type": model_type, "bytes": size}
+    return {**told, "eyes": _eyes(folder)}
+
+
+def _eyes(folder: Path) -> str | None:
+    """The hash of the eyes that an embedded model was given."""
+    try:
+        eyes: str | None = json.loads((folder / "noria.json").read_text()).get("eyes")
+    except (OSError, ValueError):
+        return None
+    return eyes

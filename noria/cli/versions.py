@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 group = typer.Typer(invoke_without_command=True, epilog="Example: noria versions --json")
-MEASURES = ("kl", "mean_kl", "loss_first", "loss_last", "held_out_accuracy", "training_pairs")
+MEASURES = ("mean_kl", "agreement", "loss_first", "loss_last", "accuracy_last", "pairs")
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Ask for it, and do not wait for its end.")]
 
 
@@ -50,7 +50,7 @@ def show(ctx: typer.Context, version: Annotated[str, typer.Argument(help="v2")],
             **{key: found.get(key) for key in ("id", "state", "parent", "method", "job")},
             "created": when(found.get("created_at")),
             **{f"frozen {name}": digest for name, digest in frozen.items()},
-            **{f"measured {name}": value for name, value in (found.get("metrics") or {}).items()},
+            **{f"measured {name}": value for name, value in flat(found.get("metrics") or {}).items()},
         }
     )
 
@@ -89,11 +89,23 @@ def _list(ctx: typer.Context, as_json: bool) -> None:
             (
                 *(one.get(key) for key in ("id", "state", "parent", "method", "job")),
                 when(one.get("created_at")),
-                short(one.get("metrics") or {}, MEASURES),
+                _measured(one.get("metrics") or {}),
             )
             for one in found
         ],
     )
+
+
+def _measured(metrics: Json) -> str:
+    return short({name.rpartition(" ")[2]: value for name, value in flat(metrics).items()}, MEASURES)
+
+
+def flat(metrics: Json, under: str = "") -> Json:
+    """Every figure by its words: an added model has its own under `quantize` and `verify`, a trained one at once."""
+    found: Json = {}
+    for name, value in metrics.items():
+        found |= flat(value, f"{under}{name} ") if isinstance(value, dict) else {f"{under}{name}": value}
+    return found
 
 
 def _follow(client: NoriaClient, begun: Json, no_wait: bool, as_json: bool) -> None:

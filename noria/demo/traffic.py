@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from noria.evals.questions import Question, content_of
 
@@ -41,9 +41,10 @@ def connect(url: str) -> OpenAI:
 
 def ask(client: OpenAI, question: Question, *, n: int, seed: int, user: str, max_tokens: int = MAX_TOKENS) -> Answered:
     """Asks one question for n answers at temperature 0.6. Raises openai.OpenAIError when the server refuses."""
+    message: Any = {"role": "user", "content": content_of(question)}
     answer = client.chat.completions.create(
         model="noria",
-        messages=[{"role": "user", "content": content_of(question)}],
+        messages=[message],
         n=n,
         seed=seed,
         temperature=0.6,

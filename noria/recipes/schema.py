@@ -103,7 +103,7 @@ class RecipeStage(Section):
     group_by_length: bool = False
     """Batches of samples of like length."""
     checkpoint_every: int | None = Field(None, ge=1)
-    """Steps between two checkpoints that an interrupted stage goes on from; none is 100. `dpo` starts again instead."""
+    """Steps between two checkpoints that an interrupted stage goes on from; none is 100."""
     beta: float | None = Field(None, gt=0)
     """Strength of the pull to the reference, for `dpo` alone; none is 0.1."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -232,9 +232,7 @@ _IGNORED: tuple[tuple[str, tuple[StageKind, ...], str], ...] = (
     ("group_by_length", ("vision", "dpo"), "reads no conversations"),
     ("beta", ("vision", *_CONVERSATIONS), "has no reference"),
     ("head_learning_rate", ("dpo", *_CONVERSATIONS), "has no heads"),
-    ("schedule", ("dpo",), "falls linearly"),
     ("precision", ("dpo",), "computes in the machine's own"),
-    ("checkpoint_every", ("dpo",), "is run again from its start"),
     ("grpo", ("vision", "dpo", *_CONVERSATIONS), "samples nothing"),
     ("reward", ("vision", "dpo", *_CONVERSATIONS), "samples nothing"),
 )

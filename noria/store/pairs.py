@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Column, ColumnElement, FromClause, Row, func, select
 
 from noria.errors import NotFound
-from noria.records import BLOB_SCHEME, Json, Pair, Preference, Snapshot
+from noria.records import Json, Pair, Preference, Snapshot, image_references
 from noria.store.completions import Part
 from noria.store.preferences import preference_of, used_by_a_job
 from noria.store.tables import choices, completions, preferences, snapshot_items, snapshot_jobs, snapshots
@@ -82,19 +82,6 @@ class PairStore(Part):
         return Snapshot(id=row.id, job_id=row.job_id, created_at=row.created_at, counts=row.counts, **ids)
 
 
-def image_hashes(messages: Iterable[Json]) -> tuple[str, ...]:
-    """The sha256 of every stored image that OpenAI messages show, in that order."""
-    found = []
-    for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else []:
-            shown = part.get("image_url") if isinstance(part, dict) else None
-            url = shown.get("url") if isinstance(shown, dict) else shown
-            if isinstance(url, str) and url.startswith(BLOB_SCHEME):
-                found.append(url.removeprefix(BLOB_SCHEME))
-    return tuple(found)
-
-
 def _pair(row: Row[Any]) -> Pair | None:
     if row.verdict != "chosen" or row.chosen is None or row.rejected is None:
         return None
@@ -106,7 +93,7 @@ def _pair(row: Row[Any]) -> Pair | None:
         rejected=row.rejected,
         created_at=row.created_at,
         annotator=row.annotator,
-        images=image_hashes(row.messages),
+        images=image_references(row.messages),
         chosen_cut=bool(row.chosen_cut),
         rejected_cut=bool(row.rejected_cut),
     )

@@ -26,7 +26,8 @@ class BlobSink(Protocol):
 def strip_images(messages: list[Json], blobs: BlobSink) -> tuple[list[Json], list[Image]]:
     """The messages with every data URL stored and replaced; the stored media in the order in which they appear.
 
-    A URL of another scheme stays as it is. One that cannot be decoded stays too: the engine has refused it or not.
+    A URL of another scheme stays as it is. One that cannot be decoded stays too: the engine has refused it or not. A
+    part without a type, which vLLM takes, gets the one that its key says.
     """
     images: list[Image] = []
     stripped = []
@@ -42,7 +43,10 @@ def _strip_part(part: Any, blobs: BlobSink, images: list[Image]) -> Any:
     if not isinstance(part, dict):
         return part
     for key in MEDIA:
-        value = part.get(key)
+        if key not in part:
+            continue
+        part = {"type": key, **part}
+        value = part[key]
         url = value.get("url") if isinstance(value, dict) else value
         decoded = decode_data_url(url) if isinstance(url, str) else None
         if decoded is None:

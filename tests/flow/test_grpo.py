@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,9 @@ from noria.store import Store
 from tests.flow.rtn import quantize_rtn
 from tests.servers import Server, start_server
 from tests.tiny import build_tiny_vlm
-from train.daemon import Trainer, job_settings
+from train.daemon import Trainer, job_context
 from train.log import EventLog
 from train.pipeline import learn, prepare
-from train.pipeline.context import JobContext
 from train.stages.spec import Step, read_steps
 
 TOLERANCE_NATS = 0.06
@@ -98,18 +98,7 @@ def trainer_of(home: Path) -> Iterator[Trainer]:
 def train(trainer: Trainer, settings: Json) -> tuple[Json, list[Step]]:
     """The job's first two stages; its steps."""
     job = trainer.store.start_job("grpo", settings, "none", trainer.owner, 600.0)
-    _, asked = job_settings(trainer.settings.train, job.settings)
-    ctx = JobContext(
-        store=trainer.store,
-        registry=trainer.registry,
-        blobs=trainer.blobs,
-        settings=trainer.settings,
-        train=asked,
-        job=job,
-        owner=trainer.owner,
-        check=lambda: None,
-        log=trainer.log,
-    )
+    ctx = replace(job_context(trainer, job), check=lambda: None)
     ctx.folder.mkdir(parents=True, exist_ok=True)
     try:
         ctx.done["snapshot"] = prepare.run(ctx)

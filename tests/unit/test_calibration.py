@@ -42,7 +42,7 @@ def no_image(sha256: str) -> Image.Image:
     ],
 )
 def test_a_cut_answer_is_not_ended(tiny_vlm: Path, pair: Pair, reference: dict[str, str], ended: bool) -> None:
-    ((found, sample),) = samples([reference], {"pref_1": pair}, get, no_image)
+    ((found, sample),) = samples([reference], {"pref_1": pair}, get, no_image, no_image)
     text = render(load_processor(tiny_vlm), sample.messages, cut=sample.cut)
     answer = "red it" if "preference" in reference else "it is"
     assert found == reference
@@ -51,4 +51,4 @@ def test_a_cut_answer_is_not_ended(tiny_vlm: Path, pair: Pair, reference: dict[s
 
 def test_what_was_deleted_since_is_left_out() -> None:
     gone = [{"preference": "pref_9"}, {"completion": "c9"}]
-    assert samples(gone, {"pref_1": PAIR}, get, no_image) == []
+    assert samples(gone, {"pref_1": PAIR}, get, no_image, no_image) == []

@@ -184,11 +184,13 @@ def test_only_data_urls_are_taken_out(tmp_path: Path) -> None:
         {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
         {"type": "image_url", "image_url": PIXEL_URL},
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,A"}},
+        {"image_url": "https://example.org/b.png"},
     ]
     messages, images = strip_images([{"role": "user", "content": parts}], Blobs(f"file://{tmp_path}"))
     kept = messages[0]["content"]
     assert kept[0] == parts[0] and kept[2] == parts[2]
     assert kept[1]["image_url"] == {"url": f"noria-blob:{SHA256}"} and len(images) == 1
+    assert kept[3] == {"type": "image_url", **parts[3]}  # vLLM takes it without; who reads it later need not
     assert parts[1]["image_url"] == PIXEL_URL  # the request itself is not touched
 
 

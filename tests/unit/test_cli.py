@@ -15,6 +15,7 @@ from noria import __version__
 from noria.cli.jobs import nested
 from noria.cli.main import call
 from noria.errors import Conflict, InvalidRequest, NotFound
+from noria.records import Json
 from tests.checks.documented import commands
 from tests.unit.fake_server import Answer, event, job, page, rollout, serving, status
 
@@ -185,13 +186,35 @@ def test_jobs_are_listed_shown_watched_cancelled(run: Run) -> None:
 
 
 def test_versions_are_listed_and_shown(run: Run) -> None:
-    version = {"id": "v2", "state": "live", "parent": "v1", "method": "dpo", "job": "job_1", "created_at": 1e9}
-    version |= {"metrics": {"kl": 0.012}, "frozen": {"vision_tower": "sha256:ab"}}
-    answers: dict[str, Answer] = {"GET /noria/v1/versions": page(version), "GET /noria/v1/versions/v2": version}
+    """A trained version has its figures side by side, an added model under what measured them."""
+    added: Json = {
+        "id": "v1",
+        "state": "retired",
+        "parent": None,
+        "method": "base",
+        "job": None,
+        "created_at": 1e9,
+    }
+    added |= {"metrics": {"quantize": {"linears": 14, "seconds": 3.5}, "verify": {"mean_kl": 0.02, "agreement": 0.9}}}
+    version: Json = {
+        "id": "v2",
+        "state": "live",
+        "parent": "v1",
+        "method": "dpo",
+        "job": "job_1",
+        "created_at": 1e9,
+    }
+    version |= {"metrics": {"mean_kl": 0.012, "counts": {"used": 3}}, "frozen": {"vision_tower": "sha256:ab"}}
+    answers: dict[str, Answer] = {"GET /noria/v1/versions": page(version, added)}
+    answers |= {f"GET /noria/v1/versions/{one['id']}": one for one in (version, added)}
     code, out, _ = run("versions", answers=answers)
     assert code == 0
-    assert out.splitlines()[1].split() == ["v2", "live", "v1", "dpo", "job_1", "2001-09-09", "01:46:40Z", "kl=0.012"]
-    assert "frozen vision_tower  sha256:ab" in run("versions", "show", "v2", answers=answers)[1]
+    at = ["2001-09-09", "01:46:40Z"]
+    assert out.splitlines()[1].split() == ["v2", "live", "v1", "dpo", "job_1", *at, "mean_kl=0.012"]
+    assert out.splitlines()[2].split() == ["v1", "retired", "-", "base", "-", *at, "mean_kl=0.02", "agreement=0.9"]
+    shown = [" ".join(run("versions", "show", name, answers=answers)[1].split()) for name in ("v1", "v2")]
+    assert "measured quantize seconds 3.5 measured verify mean_kl 0.02 measured verify agreement 0.9" in shown[0]
+    assert "frozen vision_tower sha256:ab measured mean_kl 0.012 measured counts used 3" in shown[1]
     assert run("versions", "show", "v9", answers=answers)[0] == 4
 
 

@@ -18,7 +18,7 @@ from noria.errors import LeaseLost, SettingsError, TrainingError
 from noria.records import STAGES, Choice, Completion, Job, Json, ProcessInfo, Side, Stage, Version
 from noria.settings import Settings, TrainSettings
 from noria.store import Store
-from train.daemon import Trainer
+from train.daemon import Trainer, job_context
 from train.log import EventLog
 from train.pipeline.context import JobContext
 from train.pipeline.files import clean, once
@@ -124,20 +124,6 @@ def trainer(
     return Trainer(home, store, stopping or threading.Event(), EventLog(io.StringIO()), run)
 
 
-def context(one: Trainer, job: Job) -> JobContext:
-    return JobContext(
-        store=one.store,
-        registry=one.registry,
-        blobs=one.blobs,
-        settings=one.settings,
-        train=one.settings.train,
-        job=job,
-        owner=one.owner,
-        check=one.heartbeat.check,
-        log=one.log,
-    )
-
-
 def stages(ran: list[str], broken: dict[str, Exception] | None = None) -> dict[Stage, Callable[[JobContext], Json]]:
     """A pipeline whose stages only note that they ran, or fail."""
 
@@ -155,7 +141,7 @@ def stages(ran: list[str], broken: dict[str, Exception] | None = None) -> dict[S
 
 def test_the_policy_creates_a_job_and_the_daemon_runs_it(home: Settings, store: Store) -> None:
     ran: list[str] = []
-    one = trainer(home, store, lambda t, job: run_job(context(t, job), stages(ran)))
+    one = trainer(home, store, lambda t, job: run_job(job_context(t, job), stages(ran)))
     judge(store, 1)
     assert one.consider().idle_reason == "idle: 1 of 2 unused preferences"
     assert not one.step()
@@ -179,7 +165,7 @@ def test_judgements_that_make_no_pairs_start_nothing(home: Settings, store: Stor
 def test_the_operators_job_goes_before_the_policy(home: Settings, store: Store) -> None:
     ran: list[str] = []
     asked = store.create_job("dpo", {}, "none")
-    one = trainer(home, store, lambda t, job: run_job(context(t, job), stages(ran)))
+    one = trainer(home, store, lambda t, job: run_job(job_context(t, job), stages(ran)))
     assert one.step()
     assert store.get_job(asked.id).state == "succeeded"
     assert not one.step()
@@ -189,11 +175,11 @@ def test_a_shutdown_hands_the_job_back_and_the_next_trainer_goes_on(home: Settin
     job = store.create_job("dpo", {}, "none")
     ran: list[str] = []
     stop = LeaseLost("the trainer is stopping", code="shutdown")
-    first = trainer(home, store, lambda t, j: run_job(context(t, j), stages(ran, {"quantize": stop})))
+    first = trainer(home, store, lambda t, j: run_job(job_context(t, j), stages(ran, {"quantize": stop})))
     first.step()
     released = store.get_job(job.id)
     assert (released.state, released.owner, list(released.done)) == ("running", None, ["snapshot", "train", "merge"])
-    second = trainer(home, store, lambda t, j: run_job(context(t, j), stages(ran)))
+    second = trainer(home, store, lambda t, j: run_job(job_context(t, j), stages(ran)))
     second.step()
     assert ran == ["snapshot", "train", "merge", "quantize", "quantize", "verify", "publish", "rollout"]
     ended = store.get_job(job.id)
@@ -206,7 +192,7 @@ def test_a_failed_stage_fails_the_job_and_keeps_the_small_files(home: Settings, 
     for name in ("merged", "serving.tmp", "adapter"):
         (folder / name).mkdir(parents=True)
     wrong = TrainingError("loss nan is not finite", code="non_finite")
-    trainer(home, store, lambda t, j: run_job(context(t, j), stages([], {"train": wrong}))).step()
+    trainer(home, store, lambda t, j: run_job(job_context(t, j), stages([], {"train": wrong}))).step()
     ended = store.get_job(job.id)
     assert (ended.state, ended.error) == ("failed", {"code": "non_finite", "message": "loss nan is not finite"})
     assert sorted(path.name for path in folder.iterdir()) == ["adapter"]
@@ -214,7 +200,7 @@ def test_a_failed_stage_fails_the_job_and_keeps_the_small_files(home: Settings, 
 
 def test_an_unexpected_error_fails_the_job_and_leaves_its_traceback(home: Settings, store: Store) -> None:
     job = store.create_job("dpo", {}, "none")
-    trainer(home, store, lambda t, j: run_job(context(t, j), stages([], {"merge": ValueError("odd")}))).step()
+    trainer(home, store, lambda t, j: run_job(job_context(t, j), stages([], {"merge": ValueError("odd")}))).step()
     ended = store.get_job(job.id)
     assert ended.error == {"code": "internal_error", "message": "ValueError: odd"}
     assert "ValueError: odd" in (home.jobs_dir / job.id / "error.txt").read_text()
@@ -246,7 +232,7 @@ def test_cancelling_reaches_long_work_through_the_heartbeat(home: Settings, stor
             ctx.check()
             time.sleep(0.005)
 
-    one = trainer(home, store, lambda t, j: run_job(context(t, j), {**stages([]), "train": endless}), stopping)
+    one = trainer(home, store, lambda t, j: run_job(job_context(t, j), {**stages([]), "train": endless}), stopping)
     thread = threading.Thread(target=one.run)
     thread.start()
     try:
@@ -266,7 +252,7 @@ def test_a_trainer_whose_job_was_taken_over_lets_go(home: Settings, store: Store
     def stolen(t: Trainer, j: Job) -> str:
         store.release_job(j.id, t.owner)
         assert store.claim_job("another", 60) is not None
-        outcomes.append(run_job(context(t, j), stages([])))
+        outcomes.append(run_job(job_context(t, j), stages([])))
         return outcomes[-1]
 
     trainer(home, store, stolen).step()
@@ -295,7 +281,7 @@ def rolled(home: Settings, store: Store, server: bool, end: str | None) -> Json:
     store.create_job("dpo", {}, "direct")
     job = store.claim_job(one.owner, 60)
     assert job is not None
-    ctx = context(one, job)
+    ctx = job_context(one, job)
     ctx.done["publish"] = {"version": "v2"}
     if server:
         store.beat(ProcessInfo("server-1", "server", time.time(), {}))

@@ -16,7 +16,7 @@ from torch import nn
 from noria.errors import TrainingError
 from noria.modules import architecture_of
 from noria.records import MODULES, Module
-from tests.unit.test_modules import FAMILIES, build
+from tests.tiny_families import FAMILIES, random_model
 from train.export.checkpoint import read_bytes, tensor_index
 from train.export.merge import merge
 from train.methods.delta import (
@@ -71,7 +71,7 @@ def master(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A family's tiny checkpoint in bfloat16."""
     torch.manual_seed(1)
     folder: Path = tmp_path_factory.mktemp("master") / request.param
-    build(request.param).to(torch.bfloat16).save_pretrained(folder)
+    random_model(request.param).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -79,7 +79,7 @@ def master(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def llava(tmp_path: Path) -> Path:
     """One tiny checkpoint in float32."""
     torch.manual_seed(2)
-    build("llava").save_pretrained(tmp_path / "llava")
+    random_model("llava").save_pretrained(tmp_path / "llava")
     return tmp_path / "llava"
 
 
@@ -251,8 +251,7 @@ def test_deltas_apply_in_the_order_of_their_names(llava: Path, tmp_path: Path) -
 
 
 def test_tied_embeddings_that_are_stored_twice_stay_the_same(tmp_path: Path) -> None:
-    text = {**FAMILIES["llava"]["text_config"], "tie_word_embeddings": True}
-    model = build("llava", text_config=text, tie_word_embeddings=True)
+    model = random_model("llava", tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "tied")
     file = tmp_path / "tied" / "model.safetensors"
     tensors = load_file(file)

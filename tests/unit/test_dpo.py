@@ -16,12 +16,13 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from noria.errors import LeaseLost, TrainingError
 from noria.records import BLOB_SCHEME, Json, Pair
 from noria.settings import TrainSettings
 from tests.flow.rtn import quantize_rtn
+from tests.unit.broken import poisoned, with_nan
 from train.data.pairs import PairRenderer, TextPair
 from train.data.render import ChatRenderer
 from train.methods.dpo import DpoReport, train_dpo
@@ -229,17 +230,10 @@ def test_the_same_snapshot_and_seed_give_the_same_bytes(
 def test_a_non_finite_loss_stops_before_the_step_and_names_the_batch(
     tiny_vlm: Path, pairs: list[TextPair], tmp_path: Path
 ) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in tiny_vlm.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
-    weights = load_file(broken / "model.safetensors")
-    weights["language_model.model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     steps: list[Step] = []
     with pytest.raises(TrainingError, match=r"loss nan is not finite; stopped before the optimiser step") as stopped:
         train_dpo(
-            broken,
+            with_nan(tiny_vlm, tmp_path / "broken"),
             [],
             [replace(one, preference_id=f"pref_nan_{n}") for n, one in enumerate(pairs[:2])],
             load_image,
@@ -260,14 +254,6 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_batch(
 def test_a_non_finite_gradient_stops_before_the_step(
     tiny_vlm: Path, pairs: list[TextPair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss is finite and its gradient is not: an infinite factor appears on the way back only."""
-
-    def poisoned(*args: Any, **more: Any) -> Any:
-        model = load_policy(*args, **more)
-        norm = model.model.language_model.norm
-        norm.register_full_backward_hook(lambda module, grads, _: tuple(g * float("inf") for g in grads))
-        return model
-
     monkeypatch.setattr("train.methods.dpo.load_policy", poisoned)
     with pytest.raises(TrainingError, match=r"gradient of .*lora_.* is not finite.*batch: pref_\d, pref_\d") as stopped:
         run(tiny_vlm, pairs, tmp_path / "adapter")

@@ -14,53 +14,8 @@ import pytest
 from noria.errors import UnsupportedModel
 from noria.modules import ARCHITECTURES, Architecture, architecture_of
 from noria.records import MODULES, Module
+from tests.tiny_families import FAMILIES, random_model
 
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "vocab_size": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16}
-CLIP = {**TOWER, "model_type": "clip_vision_model", "patch_size": 8}
-SIGLIP = {**TOWER, "model_type": "siglip_vision_model", "patch_size": 8, "vision_use_head": False}
-QWEN_TEXT = {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
-QWEN_TOWER = {"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "intermediate_size": 64}
-GRID = {"image_grid_pinpoints": [[16, 16]]}
-LLAMA, QWEN2, QWEN3 = ({**TEXT, "model_type": kind} for kind in ("llama", "qwen2", "qwen3"))
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llava": {"vision_config": CLIP, "text_config": LLAMA},
-    "llava_next": {"vision_config": CLIP, "text_config": {**TEXT, "model_type": "mistral"}, **GRID},
-    "llava_onevision": {"vision_config": SIGLIP, "text_config": QWEN2, **GRID},
-    "qwen2_vl": {"vision_config": {**QWEN_TOWER, "embed_dim": 32, "mlp_ratio": 2}, "text_config": QWEN_TEXT},
-    "qwen2_5_vl": {
-        "vision_config": {**QWEN_TOWER, "out_hidden_size": 32, "fullatt_block_indexes": [1]},
-        "text_config": QWEN_TEXT,
-    },
-    "qwen3_vl": {
-        "vision_config": {
-            **QWEN_TOWER,
-            "out_hidden_size": 32,
-            "deepstack_visual_indexes": [0, 1],
-            "num_position_embeddings": 16,
-        },
-        "text_config": QWEN_TEXT,
-    },
-    "internvl": {
-        "vision_config": {**TOWER, "image_size": [16, 16], "patch_size": [4, 4]},
-        "text_config": QWEN3,
-        "tie_word_embeddings": False,
-    },
-    "idefics3": {"vision_config": {**TOWER, "patch_size": 4}, "text_config": LLAMA, "pad_token_id": 0},
-    "smolvlm": {"vision_config": {**TOWER, "patch_size": 4}, "text_config": LLAMA, "pad_token_id": 0},
-}
 ALIGNER_STEMS = {  # every tensor of the aligner starts with one of these, and each of these holds one
     "llava": {"model.multi_modal_projector"},
     "llava_next": {"model.multi_modal_projector", "model.image_newline"},
@@ -121,13 +76,6 @@ VLLM_CLASSES = {
 }
 
 
-def build(family: str, **changes: Any) -> Any:
-    """A tiny random transformers model of a family, on the CPU."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **{**FAMILIES[family], **changes}))
-
-
 def names_in(folder: Path) -> list[str]:
     """Tensor names of a checkpoint folder with one file."""
     from safetensors import safe_open
@@ -145,7 +93,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(family: str) -> Any:
     """The family's tiny model."""
-    return build(family)
+    return random_model(family)
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +140,7 @@ def test_modules_are_whole_subtrees_of_the_model(family: str, model: Any, arch: 
 
 
 def test_tied_embeddings_stay_in_the_language_model(family: str) -> None:
-    text = {**FAMILIES[family]["text_config"], "tie_word_embeddings": True}
-    tied = build(family, text_config=text, tie_word_embeddings=True)
+    tied = random_model(family, tie_word_embeddings=True)
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
     parted = architecture_of(tied.config.to_dict()).partition(name for name, _ in tied.named_parameters())
     assert [name for name in parted["language_model"] if "embed_tokens" in name or "lm_head" in name] == [

@@ -20,7 +20,7 @@ from noria.records import Module
 from noria.registry import Registry
 from noria.settings import QuantizeSettings, Settings, VerifySettings
 from noria.store import Store
-from tests.unit.test_modules import build
+from tests.tiny_families import random_model
 from train.export import gptq_format, layers
 from train.export.checkpoint import INDEX_NAME, tensor_index
 from train.export.quantize import QuantizeReport, load_model, load_processor, quantize, to_device
@@ -240,12 +240,12 @@ def test_replaying_layers_is_the_model_s_own_forward(family: str) -> None:
 
 def _family(family: str) -> tuple[Any, dict[str, Any], str]:
     if family == "llava":
-        model = build(family, image_token_id=3, image_seq_length=4)
+        model = random_model(family, image_token_id=3, image_seq_length=16)
         pixels = {"pixel_values": torch.randn(1, 3, 16, 16)}
     else:
-        model = build(family, image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6)
+        model = random_model(family, image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6)
         pixels = {"pixel_values": torch.randn(16, 96), "image_grid_thw": torch.tensor([[1, 4, 4]])}
-    ids = torch.tensor([[7, 5, 3, 3, 3, 3, 6, 9, 10]])
+    ids = torch.tensor([[7, 5, *[3] * (16 if family == "llava" else 4), 6, 9, 10]])
     pixels |= {"mm_token_type_ids": (ids == 3).long()} if family == "qwen3_vl" else {}
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
     return model.eval(), inputs, "model.language_model.layers"

@@ -66,7 +66,6 @@ def test_what_is_said_of_one_module_leaves_the_others_as_they_are() -> None:
         ("sft", {"modules": {"vision_tower": {"rank": 4}}}, r"modules\.vision_tower\.rank=4 contradicts"),
         ("vision", {"packing": True}, r"packing=True would be ignored: kind='vision'"),
         ("sft", {"beta": 0.1}, r"beta=0\.1 would be ignored: kind='sft' has no reference"),
-        ("dpo", {"schedule": "cosine"}, r"schedule='cosine' would be ignored: kind='dpo'"),
         ("dpo", {"precision": "bfloat16"}, r"precision='bfloat16' would be ignored: kind='dpo'"),
         ("sft", {"precision": "float16"}, r"stages\.eyes\.precision: Input should be 'auto'"),
         ("sft", {"decay_ratio": 0.2}, r"decay_ratio=0\.2 would be ignored: schedule=None"),

@@ -19,6 +19,7 @@ from noria.errors import InvalidRequest
 from noria.evals.named.text import text_questions
 from noria.records import Json
 from noria.scenes import SETS, draw, held_out_questions, is_made, rows
+from noria.scenes.asked import KINDS as ASKED_KINDS
 from noria.scenes.drawn.questions import LEFT_RIGHT, ask, caption
 from noria.scenes.drawn.scene import CLEAR, KINDS, Scene, read_scene, scene_ref
 from noria.scenes.drawn.words import (
@@ -33,7 +34,6 @@ from noria.scenes.drawn.words import (
     shape_looks,
 )
 from noria.scenes.handwriting import read_digit, rows_of
-from noria.scenes.asked import KINDS as ASKED_KINDS
 from noria.scenes.labels import read_labels
 from noria.scenes.photos import PHOTOS, photo_ref
 

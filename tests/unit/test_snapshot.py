@@ -97,7 +97,9 @@ def test_unusable_texts_are_left_out_by_reason() -> None:
 
 
 def test_a_pair_that_is_too_long_is_left_out() -> None:
-    selection = select([row(1, "long" * 9, "x"), row(2)], held_out=0.0, too_long=lambda pair: len(pair.chosen) > 8)
+    selection = select(
+        [row(1, "long" * 9, "x"), row(2)], held_out=0.0, unfit=lambda pair: "too_long" if len(pair.chosen) > 8 else None
+    )
     assert [pair.preference_id for pair in selection.train] == ["pref_002"]
     assert selection.left_out == ("pref_001",)
     assert selection.counts["too_long"] == 1
@@ -165,10 +167,10 @@ ROWS = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(rows=ROWS, share=st.floats(0, 0.8), turn=st.integers(0, 40))
 def test_counts_add_up_and_order_does_not_matter(rows: list[Row], share: float, turn: int) -> None:
-    def too_long(pair: Pair) -> bool:
-        return len(pair.chosen) > 5
+    def unfit(pair: Pair) -> str | None:
+        return "too_long" if len(pair.chosen) > 5 else None
 
-    selection = select(rows, held_out=share, too_long=too_long)
+    selection = select(rows, held_out=share, unfit=unfit)
     counts = selection.counts
     assert counts["total"] == len(rows) == sum(counts[key] for key in ("used", "held_out", *LEFT_OUT))
     ids = [pair.preference_id for pair in (*selection.train, *selection.held_out)]
@@ -176,4 +178,4 @@ def test_counts_add_up_and_order_does_not_matter(rows: list[Row], share: float, 
     questions = [frozenset((pair.prompt_hash, pair.chosen, pair.rejected)) for pair in selection.train]
     assert len(set(questions)) == len(questions)
     moved = rows[turn:][::-1] + rows[:turn]
-    assert select(moved, held_out=share, too_long=too_long) == selection
+    assert select(moved, held_out=share, unfit=unfit) == selection

@@ -1,7 +1,8 @@
 """Which conversations GPTQ is calibrated on, and which ones the artefact is verified on.
 
 Comes in: the snapshot's pairs and recent completions. Goes out: references that a restart finds again, and the
-samples themselves. References and not texts are kept: what a user has deleted since is left out.
+samples themselves. References and not texts are kept: what a user has deleted since is left out. So is what shows
+anything but text and stored pictures.
 Must not import torch.
 
 The recipe: chosen answers of training pairs first, evenly spread over them, since that is what the new policy is to
@@ -17,9 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from noria.errors import NotFound
-from noria.records import Completion, Json, Pair
-from train.data.pairs import LoadImage
-from train.data.render import image_hashes
+from noria.records import Completion, Json, Pair, image_references
+from train.data.render import is_readable
+from train.data.samples import LoadImage
 from train.export.rendering import CalibrationSample
 
 RECIPE = "chosen answers of training pairs, evenly spread, then recent completions of prompts that are not held out"
@@ -39,7 +40,7 @@ def choose(
     wanted, checked = counts
     half = wanted if not recent else max(1, (wanted + 1) // 2)
     calibration = [_of_pair(pair) for pair in _spread(train, half)]
-    answered = [one for one in recent if one.finished and one.choices and one.choices[0].text.strip()]
+    answered, unreadable = usable(recent)
     others = [of_completion(one) for one in answered]
     calibration += [of_completion(one) for one in answered if not aside(one.prompt_hash)][: wanted - len(calibration)]
     calibration += [_of_pair(pair) for pair in train if _of_pair(pair) not in calibration][: wanted - len(calibration)]
@@ -51,44 +52,66 @@ def choose(
         "calibration": calibration,
         "verification": verification or calibration[:checked],
         "verified_on_calibration": not verification,
+        "unreadable": unreadable,
     }
+
+
+def usable(recent: Sequence[Completion]) -> tuple[list[Completion], int]:
+    """The completions with an answer whose messages can be read, and how many have one and cannot."""
+    answered = [one for one in recent if one.finished and one.choices and one.choices[0].text.strip()]
+    kept = [one for one in answered if is_readable(one.messages)]
+    return kept, len(answered) - len(kept)
 
 
 def samples(
     references: Iterable[Json],
     pairs: dict[str, Pair],
     completion: Callable[[str], Completion],
-    load_image: LoadImage,
+    stored: LoadImage,
+    named: LoadImage,
 ) -> list[tuple[Json, CalibrationSample]]:
-    """Each reference that still exists with its conversation, its answer last."""
+    """Each reference that still exists and can be read with its conversation, its answer last.
+
+    `stored` gives the pictures of captured conversations, `named` those of a recipe's rows.
+    """
     found = []
     for reference in references:
         if "messages" in reference:  # a row of a recipe's data, which is nobody's to delete
             shown, cut = list(reference["messages"]), bool(reference["cut"])
-            pictures = [load_image(one) for one in image_hashes(shown)]
-            found.append(({"row": reference["row"]}, CalibrationSample(shown, pictures, cut)))
+            found.append(({"row": reference["row"]}, _sample(shown, cut, named)))
             continue
-        if "preference" in reference:
-            pair = pairs.get(reference["preference"])
-            if pair is None:
-                continue
-            messages, text, cut = list(pair.messages), pair.chosen, pair.chosen_cut
-        else:
-            try:
-                kept = completion(reference["completion"])
-            except NotFound:
-                continue
-            first = kept.choices[0]
-            messages, text, cut = list(kept.messages), first.text, first.finish_reason == "length"
-        pictures = [load_image(sha256) for sha256 in image_hashes(messages)]
-        answer = {"role": "assistant", "content": text}
-        found.append((reference, CalibrationSample([*messages, answer], pictures, cut)))
+        captured = _captured(reference, pairs, completion)
+        if captured is not None:
+            found.append((reference, _sample(*captured, stored)))
     return found
 
 
 def fingerprint(messages: Sequence[Any]) -> str:
     """SHA-256 of a conversation, for the manifest: pictures are in it by their own hashes."""
     return hashlib.sha256(json.dumps(list(messages), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _captured(
+    reference: Json, pairs: dict[str, Pair], completion: Callable[[str], Completion]
+) -> tuple[list[Json], bool] | None:
+    """What a user asked and was answered, and whether the answer was cut; None when it is gone or unreadable."""
+    if "preference" in reference:
+        pair = pairs.get(reference["preference"])
+        if pair is None:
+            return None
+        messages, text, cut = pair.messages, pair.chosen, pair.chosen_cut
+    else:
+        try:
+            kept = completion(reference["completion"])
+        except NotFound:
+            return None
+        first = kept.choices[0]
+        messages, text, cut = kept.messages, first.text, first.finish_reason == "length"
+    return ([*messages, {"role": "assistant", "content": text}], cut) if is_readable(messages) else None
+
+
+def _sample(messages: list[Json], cut: bool, load_image: LoadImage) -> CalibrationSample:
+    return CalibrationSample(messages, [load_image(one) for one in image_references(messages)], cut)
 
 
 def _of_pair(pair: Pair) -> Json:

@@ -6,21 +6,16 @@ Must not import `serve`.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from PIL import Image as Pillow
-
-from noria.errors import NotFound, TrainingError
 from noria.records import Pair
-from train.data.render import ChatRenderer, decode_image
-from train.data.samples import LoadImage as LoadImage
+from train.data.render import ChatRenderer
+from train.data.samples import LoadImage
 
 
 @dataclass(frozen=True)
 class TextPair:
-    """One pair as text. `prompt` ends where the answers begin; `images` are SHA-256 in the prompt's order."""
+    """One pair as text. `prompt` ends where the answers begin; `images` are references in the prompt's order."""
 
     preference_id: str
     prompt: str
@@ -47,6 +42,15 @@ class PairRenderer:
             images=tuple(pair.images),
         )
 
+    def is_readable(self, pair: Pair) -> bool:
+        """Whether each picture has its placeholder in the prompt, and there is no other anywhere.
+
+        Somebody may have written one as text. The processor would look for its picture.
+        """
+        rendered, token = self.render(pair), self._renderer.image_token
+        written = token in rendered.chosen or token in rendered.rejected
+        return rendered.prompt.count(token) == len(pair.images) and not written
+
     def tokens(self, pair: Pair) -> int:
         """Prompt, pictures included, plus the longer answer, in tokens. Raises TrainingError on an unreadable picture.
 
@@ -63,27 +67,6 @@ class PairRenderer:
     def _count_prompt(self, pair: TextPair) -> int:
         if not pair.images:
             return len(self._renderer.tokenizer(pair.prompt, add_special_tokens=False)["input_ids"])
-        pictures = [self._load_image(sha256) for sha256 in pair.images]
+        pictures = [self._load_image(one) for one in pair.images]
         encoded = self._renderer.processor(images=[pictures], text=[pair.prompt], add_special_tokens=False)
         return len(encoded["input_ids"][0])
-
-
-class ImageCache:
-    """Decoded pictures by SHA-256, the `keep` last used ones in memory. `read` gives a picture's bytes."""
-
-    def __init__(self, read: Callable[[str], bytes], keep: int = 64) -> None:
-        self._read = read
-        self._keep = keep
-        self._pictures: OrderedDict[str, Pillow.Image] = OrderedDict()
-
-    def __call__(self, sha256: str) -> Pillow.Image:
-        """The picture. Raises TrainingError naming it when it is gone or cannot be decoded."""
-        if sha256 not in self._pictures:
-            try:
-                self._pictures[sha256] = decode_image(self._read(sha256))
-            except (OSError, NotFound) as error:
-                raise TrainingError(f"picture {sha256} cannot be read: {error}", code="bad_image") from error
-            while len(self._pictures) > self._keep:
-                self._pictures.popitem(last=False)
-        self._pictures.move_to_end(sha256)
-        return self._pictures[sha256]

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image as Pillow
 
 from noria.errors import TrainingError
-from noria.records import BLOB_SCHEME, Json
+from noria.records import BLOB_SCHEME, PICTURE_PARTS, Json, image_references
 
 _PROBE = "noria-content-probe"
 
@@ -90,7 +90,7 @@ class ChatRenderer:
 
 
 def parts_of(message: Mapping[str, Any]) -> list[Json]:
-    """A message's content as parts of type `text` and `image`, in order."""
+    """A message's content as parts of type `text` and `image`, in order. Raises TrainingError for any other part."""
     content = message.get("content")
     if content is None:
         return []
@@ -98,25 +98,28 @@ def parts_of(message: Mapping[str, Any]) -> list[Json]:
         return [{"type": "text", "text": content}]
     parts: list[Json] = []
     for part in content:
-        if part.get("type") in ("text", "input_text"):
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = part.get("type")
+        if kind in ("text", "input_text") and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
-        elif part.get("type") in ("image_url", "image", "input_image"):
+        elif kind in PICTURE_PARTS:
             parts.append({"type": "image"})
         else:
-            raise TrainingError(f"messages with a {part.get('type')!r} part cannot be trained on", code="bad_message")
+            raise TrainingError(f"messages with a {kind!r} part cannot be trained on", code="bad_message")
     return parts
 
 
-def image_hashes(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The stored pictures of a conversation, as SHA-256, in the order in which the messages show them."""
-    found: list[str] = []
-    for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ():
-            if part.get("type") == "image_url":
-                url = part["image_url"]
-                found.append(str(url["url"] if isinstance(url, Mapping) else url).removeprefix(BLOB_SCHEME))
-    return found
+def is_readable(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether captured messages can be rendered: texts and stored pictures, and nothing else.
+
+    The engine fetches a picture that a user named by its address, and it plays films; here neither is done.
+    """
+    try:
+        for message in messages:
+            parts_of(message)
+    except TrainingError:
+        return False
+    return all(reference.startswith(BLOB_SCHEME) for reference in image_references(messages))
 
 
 def decode_image(data: bytes) -> Pillow.Image:

@@ -9,9 +9,8 @@ or other fsspec URL, or the name of something drawn on the fly (`scene:...`). A 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from PIL import Image as Pillow
 
@@ -92,17 +91,6 @@ class ReadReport:
 def image_part(reference: str) -> Json:
     """The part of a message that shows a picture."""
     return {"type": "image_url", "image_url": {"url": reference}}
-
-
-def references(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The pictures' references in the order in which the messages show them."""
-    return tuple(
-        str(part["image_url"]["url"])
-        for message in messages
-        if isinstance(message.get("content"), list)
-        for part in message["content"]
-        if part.get("type") == "image_url"
-    )
 
 
 @dataclass

@@ -5,13 +5,15 @@ Must not import torch or transformers.
 
 The rule, in this order; every row lands in exactly one count:
 1. `tie` and `both_bad` say nothing about a direction and are left out.
-2. `unreadable`: a side's text is gone. `empty`: a side is blank. `same_text`: both sides are the same.
+2. `unreadable`: a side's text is gone, or the prompt shows what was not stored: a picture by its address, a film.
+   `empty`: a side is blank. `same_text`: both sides are the same.
 3. Rows about the same two texts under one prompt are one question, and annotators vote on it: the newest judgement
    of an annotator is that annotator's vote (a newer tie withdraws it), an anonymous row is a voter of its own.
    The majority's direction wins; with equal votes nothing of the question is kept. Rows of another direction, or of
    an undecided question, are `contradictory`.
 4. Of the rows in the winning direction the earliest is kept, the others are `duplicate`.
-5. `too_long`: prompt plus the longer answer does not fit the model's training length.
+5. What only a look at the rendered texts can tell: `too_long`, where prompt plus the longer answer does not fit the
+   model's training length, and `unreadable` again, where words spell a picture's placeholder.
 6. The prompt's hash decides between `used` (training) and `held_out`, so a prompt is always on the same side.
 """
 
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from noria.records import Json, Pair, Preference, Snapshot
+from train.data.render import is_readable
 
 Row = tuple[Preference, Pair | None]
 LEFT_OUT = ("tie", "both_bad", "unreadable", "empty", "same_text", "contradictory", "duplicate", "too_long")
@@ -42,8 +45,12 @@ class Selection:
     counts: dict[str, int]
 
 
-def select(rows: Iterable[Row], *, held_out: float, too_long: Callable[[Pair], bool] | None = None) -> Selection:
-    """Applies the rule above. `held_out` is a share of prompts (0..1); `too_long` is asked only of rows it would keep.
+def select(
+    rows: Iterable[Row], *, held_out: float, unfit: Callable[[Pair], str | None] = lambda pair: None
+) -> Selection:
+    """Applies the rule above. `held_out` is a share of prompts (0..1).
+
+    `unfit` gives a LEFT_OUT reason or None, and is asked only of rows that the rule would keep.
 
     `counts["total"]` is the sum of all the other counts.
     """
@@ -65,9 +72,11 @@ def select(rows: Iterable[Row], *, held_out: float, too_long: Callable[[Pair], b
         winner, contradictory, duplicate = _vote(question)
         counts["contradictory"] += contradictory
         counts["duplicate"] += duplicate
-        if winner is not None and too_long is not None and too_long(winner):
-            counts["too_long"] += 1
-        elif winner is not None:
+        if winner is None:
+            continue
+        if (reason := unfit(winner)) is not None:
+            counts[reason] += 1
+        else:
             kept.append(winner)
     kept.sort(key=lambda pair: (pair.created_at, pair.preference_id))
     aside = tuple(pair for pair in kept if is_held_out(pair.prompt_hash, held_out))
@@ -120,7 +129,7 @@ def pair_digest(pair: Pair) -> str:
 def _unusable(preference: Preference, pair: Pair | None) -> str | None:
     if preference.verdict != "chosen":
         return preference.verdict
-    if pair is None:
+    if pair is None or not is_readable(pair.messages):
         return "unreadable"
     if not pair.chosen.strip() or not pair.rejected.strip():
         return "empty"

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -178,9 +178,9 @@ def rewrite(source: Path, out: Path, replace: Callable[[TensorEntry], list[NewTe
         (out / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_file(path: Path, tensors: Iterable[NewTensor]) -> None:
-    """One safetensors file of new tensors, in the order given."""
-    _write_file(path, list(tensors), {"format": "pt"})
+def write_file(path: Path, tensors: Iterable[NewTensor], metadata: Mapping[str, str] | None = None) -> None:
+    """One safetensors file of new tensors, in the order given; `metadata` goes into its header."""
+    _write_file(path, list(tensors), {"format": "pt", **(metadata or {})})
 
 
 def fsync_tree(folder: Path) -> None:

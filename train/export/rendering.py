@@ -51,8 +51,14 @@ def encode_text(processor: Any, text: str, images: Sequence[Image]) -> dict[str,
 
 
 def encode(processor: Any, sample: CalibrationSample, max_tokens: int) -> dict[str, Any] | None:
-    """A whole conversation as inputs, cut after `max_tokens`; None when the cut would go through a picture."""
-    inputs = encode_text(processor, render(processor, sample.messages, cut=sample.cut), sample.images)
+    """A whole conversation as inputs, cut after `max_tokens`; None when the cut would go through a picture.
+
+    None, too, when somebody wrote a picture's placeholder as text: the processor would look for the picture.
+    """
+    text = render(processor, sample.messages, cut=sample.cut)
+    if text.count(ChatRenderer(processor).image_token) != len(sample.images):
+        return None
+    inputs = encode_text(processor, text, sample.images)
     length = int(inputs["input_ids"].shape[1])
     if length <= max_tokens:
         return inputs

@@ -24,9 +24,11 @@ from trl import DPOConfig
 from noria.module_settings import ResolvedPolicy
 from noria.records import Module
 from noria.settings import DpoSettings
-from train.data.pairs import LoadImage, TextPair
+from train.data.pairs import TextPair
+from train.data.samples import LoadImage
+from train.methods.checkpoints import last_checkpoint, saving, step_of
 from train.methods.delta import save_delta
-from train.methods.dpo_trainer import GuardedDPOTrainer, PairCollator, Step, StepWatch
+from train.methods.dpo_trainer import GuardedDPOTrainer, PairCollator, Step, StepWatch, read_step
 from train.methods.policies import Applied, Row, apply_policies
 from train.methods.policy_model import Base, load_policy, load_processor, read_architecture, training_dtype
 
@@ -68,13 +70,16 @@ def train_dpo(
     serving: Path | None = None,
     dtype: torch.dtype | None = None,
     more: Mapping[str, Any] | None = None,
+    checkpoints: Path | None = None,
+    checkpoint_every: int | None = None,
 ) -> DpoReport:
     """Trains and writes the delta to `out`, which appears by rename, complete or not at all.
 
     `check` is called between micro-batches and may raise to stop; `on_ready` gets the policies in force, before the
     first step. `base` and `serving`: see `load_policy`. `dtype` is that of the base weights; what trains is float32.
-    `more` are words of TRL's DPOConfig that win over `dpo`. Raises TrainingError: non-finite loss or gradient, a frozen
-    module that changed, no targets.
+    `more` are words of TRL's DPOConfig that win over `dpo`. Where there is a folder for `checkpoints`, one is kept each
+    `checkpoint_every` steps, and the training goes on from the last. Raises TrainingError: non-finite loss or gradient,
+    a frozen module that changed, no targets.
     """
     started = time.monotonic()
     architecture = read_architecture(master)
@@ -83,19 +88,20 @@ def train_dpo(
     model = load_policy(master, adapters, architecture, dtype, base=base, serving=serving)
     applied = apply_policies(model, architecture, policies)
     on_ready(applied)
-    steps: list[Step] = []
-
-    def record(step: Step) -> None:
-        steps.append(step)
-        on_step(step)
-
+    watch = StepWatch(on_step, check, keeps=checkpoints is not None)
+    kept = saving(checkpoints, checkpoint_every) if checkpoints is not None else {}
+    last = last_checkpoint(checkpoints) if checkpoints is not None else None
     with tempfile.TemporaryDirectory(prefix=".trl-", dir=out.parent) as scratch:
-        config = dpo_config(dpo, Path(scratch), mixed=applied.mixed, more=more)
-        trainer = _trainer(applied, config, pairs, load_processor(master), load_image, StepWatch(record, check))
-        if applied.trains_in_full:
+        config = dpo_config(dpo, Path(scratch), mixed=applied.mixed, more={**(more or {}), **kept})
+        trainer = _trainer(applied, config, pairs, load_processor(master), load_image, watch)
+        if applied.trains_in_full and last is None:
             trainer.keep_reference(check)
-        trainer.train()
-    applied.require_frozen(pictures=any(pair.images for pair in pairs))
+        trainer.go_on(last)
+    if watch.stopped is not None:
+        raise watch.stopped
+    steps = [read_step(line, trainer.state.max_steps) for line in trainer.state.log_history if "loss" in line]
+    went_on = trainer.state.global_step > (step_of(last) if last is not None else 0)
+    applied.require_frozen(pictures=went_on and any(pair.images for pair in pairs))
     save_delta(model, out, {module: policy.record() for module, policy in policies.items()})
     return _report(steps, len(pairs), applied, dtype, time.monotonic() - started)
 
@@ -127,7 +133,7 @@ def _trainer(
 def dpo_config(
     dpo: DpoSettings, scratch: Path, *, mixed: bool = False, more: Mapping[str, Any] | None = None
 ) -> DPOConfig:
-    """The settings in TRL's words. Nothing is saved, sent or printed by TRL; lengths were checked by the snapshot.
+    """The settings in TRL's words. Nothing is sent or printed by TRL; lengths were checked by the snapshot.
 
     Learning rates come from the policies' parameter groups; checkpointing is theirs too.
     """

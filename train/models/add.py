@@ -8,8 +8,8 @@ Must not import `serve`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from noria.errors import NoriaError
@@ -17,7 +17,9 @@ from noria.modules import architecture_of
 from noria.registry import Base, Manifest, ManifestDraft, Registry
 from noria.settings import Settings
 from train.data.calibration import fingerprint
+from train.export.rendering import CalibrationSample
 from train.models.conversations import RECIPE, calibration_samples, held_out_samples
+from train.models.embedded.eyes.lay import eyes_of
 from train.models.intake import Master, check_source, take_in
 
 Progress = Callable[[str, float], None]
@@ -36,20 +38,51 @@ def add_model(source: Path, registry: Registry, settings: Settings, name: str | 
     return publish_master(master, registry, settings, progress)
 
 
-def publish_master(master: Master, registry: Registry, settings: Settings, progress: Progress) -> Manifest:
-    """Quantises, verifies and publishes a master as a root version, unless one of it is published."""
-    existing = published(registry, master.name, master.sha256)
-    if existing is not None:
-        return make_live(registry, existing)
+@dataclass(frozen=True)
+class Conversations:
+    """What a master is calibrated and verified on; `recipe` says in words how they were chosen."""
+
+    recipe: str
+    calibration: Sequence[CalibrationSample]
+    verification: Sequence[CalibrationSample]
+
+
+def publish_master(
+    master: Master,
+    registry: Registry,
+    settings: Settings,
+    progress: Progress,
+    conversations: Conversations | None = None,
+    *,
+    live: bool = True,
+) -> Manifest:
+    """Quantises, verifies and publishes a master as a root version, unless one of it is published.
+
+    `conversations` none are the general ones; `live` false leaves a home that serves nothing as it is.
+    """
+    made = published(registry, master.name, master.sha256)
+    if made is None:
+        made = _published(master, registry, settings, progress, conversations or general(settings))
+    return make_live(registry, made) if live else made
+
+
+def general(settings: Settings) -> Conversations:
+    """Conversations about everything, for a model of which nothing else is known."""
+    return Conversations(RECIPE, calibration_samples(settings.train.quantize.calibration_samples), held_out_samples())
+
+
+def _published(
+    master: Master, registry: Registry, settings: Settings, progress: Progress, conversations: Conversations
+) -> Manifest:
     staging = registry.begin(f"add-{master.name}")
     try:
-        draft = _fill(staging, master, settings, progress)
+        draft = _fill(staging, master, settings, progress, conversations)
         progress("publish", 0.0)
         manifest = registry.publish(staging, draft)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     progress("publish", 1.0)
-    return make_live(registry, manifest)
+    return manifest
 
 
 def published(registry: Registry, name: str, sha256: str | None = None) -> Manifest | None:
@@ -68,14 +101,16 @@ def published(registry: Registry, name: str, sha256: str | None = None) -> Manif
     return None
 
 
-def _fill(staging: Path, master: Master, settings: Settings, progress: Progress) -> ManifestDraft:
+def _fill(
+    staging: Path, master: Master, settings: Settings, progress: Progress, conversations: Conversations
+) -> ManifestDraft:
     from train.export.quantize import quantize
     from train.export.verify import verify
 
     train = settings.train
     architecture = architecture_of(check_source(master.path))
     progress("quantize", 0.0)
-    samples = calibration_samples(train.quantize.calibration_samples)
+    samples = list(conversations.calibration)
     report = quantize(
         master.path,
         master.path,
@@ -85,17 +120,29 @@ def _fill(staging: Path, master: Master, settings: Settings, progress: Progress)
         lambda share: progress("quantize", share),
     )
     progress("verify", 0.0)
-    verified = verify(staging / "serving", master.path, held_out_samples(), staging / "probe.json", train.verify)
+    verified = verify(
+        staging / "serving", master.path, list(conversations.verification), staging / "probe.json", train.verify
+    )
     progress("verify", 1.0)
     return ManifestDraft(
         method="base",
-        base=Base(name=master.name, path=f"masters/{master.name}", sha256=master.sha256, kind=master.kind),
+        base=_base(master),
         architecture=architecture.name,
         quantization=report.quantization,
-        calibration={"recipe": RECIPE, "samples": [{"sha256": fingerprint(one.messages)} for one in samples]},
+        calibration={
+            "recipe": conversations.recipe,
+            "samples": [{"sha256": fingerprint(one.messages)} for one in samples],
+        },
         metrics={"quantize": _metrics(asdict(report)), "verify": asdict(verified)},
         frozen=report.frozen,
     )
+
+
+def _base(master: Master) -> Base:
+    """The base; of an embedded model with eyes also which eyes, by their hash."""
+    eyes = eyes_of(master.path)
+    more = {} if eyes is None else {"eyes": eyes}
+    return Base(name=master.name, path=f"masters/{master.name}", sha256=master.sha256, kind=master.kind, **more)
 
 
 def _metrics(report: dict[str, object]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""`python -m train model ...`: add a checkpoint, build the embedded model, list masters.
+"""`python -m train model ...`: add a checkpoint, build the embedded model or its eyes, list masters.
 
 Comes in: arguments. Goes out: progress on stderr, the result on stdout (one line, or JSON), an exit code.
 """
@@ -19,6 +19,9 @@ from noria.settings import Settings, load_settings
 from noria.store import Store
 from train.models.add import Progress, add_model
 from train.models.embedded.build import build_embedded
+from train.models.embedded.eyes.card import write_card
+from train.models.embedded.eyes.export import export_eyes
+from train.models.embedded.eyes.record import CARD, FILES, Eyes
 
 STAGES = {
     "copy": "take the checkpoint in",
@@ -32,20 +35,28 @@ _CHATTY = ("torchao", "torch.utils._pytree")  # torchao, which gptqmodel imports
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `add PATH [--name N]`, `embedded` or `list`. Raises NoriaError, which the caller prints."""
+    """Runs one subcommand; `--help` lists them. Raises NoriaError, which the caller prints."""
     arguments = _parser().parse_args(argv)
+    if arguments.command == "card":
+        return _write_card(arguments)
     settings = load_settings()
     if arguments.command == "list":
         return _print_masters(settings, arguments.json)
     settings.home.mkdir(parents=True, exist_ok=True)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    with Store.open(settings.store_url) as store, stage_bars() as progress:
+    if arguments.command == "build-embedded":
+        return _rebuild(settings, arguments)
+    with Store.open(settings.store_url) as store:
         registry = Registry(settings.models_dir, store)
-        if arguments.command == "add":
-            manifest = add_model(arguments.source, registry, settings, arguments.name, progress)
-        else:
-            manifest = build_embedded(registry, settings, progress)
+        if arguments.command == "eyes":
+            print_eyes(export_eyes(arguments.version, registry, settings, arguments.out), arguments.json)
+            return 0
+        with stage_bars() as progress:
+            if arguments.command == "add":
+                manifest = add_model(arguments.source, registry, settings, arguments.name, progress)
+            else:
+                manifest = build_embedded(registry, settings, progress)
         live = registry.live()
     _print_version(manifest, live, arguments.json)
     return 0
@@ -87,10 +98,52 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("source", type=Path, help="the checkpoint's folder")
     add.add_argument("--name", help="its name under masters/; the folder's own if not given")
     embedded = commands.add_parser("embedded", help="build the embedded model, once")
+    rebuilt = commands.add_parser("build-embedded", help="train the embedded model's eyes anew")
+    rebuilt.add_argument("--out", type=Path, help="where the eyes go; NORIA_HOME/eyes if not given")
+    rebuilt.add_argument("--recipe", type=Path, help="another recipe than that of the shipped eyes")
+    eyes = commands.add_parser("eyes", help="take the eyes out of a version that their recipe made")
+    eyes.add_argument("version", help="the version's id")
+    eyes.add_argument("--out", type=Path, required=True, help="where the eyes go")
+    card = commands.add_parser("card", help="write the model card of an eyes folder anew")
+    card.add_argument("folder", type=Path, help="the eyes folder")
+    told = "what `noria eval VERSION --json` printed"
+    card.add_argument("--scores", type=Path, action="append", default=[], help=f"{told}, of a version with the eyes")
+    card.add_argument("--plain", type=Path, action="append", default=[], help=f"{told}, of the blank model's")
+    card.add_argument("--perplexity", type=Path, help='a file with {"text", "tokens", "plain", "eyes"}')
     listed = commands.add_parser("list", help="the masters of this home")
-    for command in (add, embedded, listed):
+    for command in (add, embedded, rebuilt, eyes, listed):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _rebuild(settings: Settings, arguments: argparse.Namespace) -> int:
+    from train.models.embedded.rebuild import rebuild, recipe_to_run
+
+    out = arguments.out if arguments.out is not None else settings.home / "eyes"
+    rebuilt = rebuild(settings, recipe_to_run(arguments.recipe), out.resolve(), stage_bars)
+    if rebuilt.eyes is not None:
+        print_eyes(rebuilt.eyes, arguments.json)
+    return rebuilt.status
+
+
+def print_eyes(eyes: Eyes, as_json: bool) -> None:
+    """What was written, and of which version."""
+    record = eyes.record
+    files = {path.name: path.stat().st_size for path in sorted(eyes.folder.iterdir()) if path.name in FILES}
+    if as_json:
+        shown = {"out": str(eyes.folder), "files": files, **record.model_dump(mode="json", exclude={"recipe"})}
+        sys.stdout.write(json.dumps(shown) + "\n")
+        return
+    seconds = sum(stage.seconds for stage in record.stages)
+    sys.stdout.write(f"{eyes.folder}: the eyes of {record.version}, trained in {seconds:.0f} s\n")
+    sys.stdout.write("".join(f"  {name}  {size} bytes\n" for name, size in files.items()))
+
+
+def _write_card(arguments: argparse.Namespace) -> int:
+    scores = write_card(arguments.folder, arguments.scores, arguments.plain, arguments.perplexity)
+    told = "nothing is measured yet" if scores is None else f"measured: {', '.join(scores.measured) or 'no set'}"
+    sys.stdout.write(f"{arguments.folder / CARD} written; {told}\n")
+    return 0
 
 
 def _print_version(manifest: Manifest, live: str | None, as_json: bool) -> None:

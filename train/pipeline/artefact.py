@@ -126,7 +126,9 @@ def _conversations(ctx: JobContext, part: str, count: int) -> tuple[str, list[tu
 
     chosen = snapshot_file(ctx)["samples"]
     pairs = {pair.preference_id: pair for split in ("train", "held_out") for pair in frozen_pairs(ctx, split)}
-    found = calibration.samples(chosen[part], pairs, ctx.store.get_completion, ctx.images)
+    found = calibration.samples(chosen[part], pairs, ctx.store.get_completion, ctx.images, ctx.data_images)
+    if gone := len(chosen[part]) - len(found):
+        ctx.note(f"{gone} {part} conversations were deleted since, or cannot be read", gone=gone, part=part)
     if found:
         return chosen["recipe"], found
     made = conversations.calibration_samples(count) if part == "calibration" else conversations.held_out_samples()

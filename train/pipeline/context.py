@@ -16,7 +16,7 @@ from noria.records import STAGES, Job, Json, Stage
 from noria.registry import Registry
 from noria.settings import Settings, TrainSettings
 from noria.store import Store
-from train.data.pairs import ImageCache, LoadImage
+from train.data.samples import LoadImage
 from train.data.sources import ImageLoader
 from train.log import EventLog
 
@@ -68,9 +68,13 @@ class JobContext:
 
     @property
     def images(self) -> LoadImage:
-        """Stored pictures by hash; in a job with a recipe, or of method `grpo`, also those that its data name."""
-        named = self.recipe is not None or self.job.method == "grpo"
-        return ImageLoader(self.blobs.get) if named else ImageCache(self.blobs.get)
+        """Stored pictures and no others: for conversations that were captured."""
+        return ImageLoader(self.blobs.get)
+
+    @property
+    def data_images(self) -> ImageLoader:
+        """Whatever rows of data name: for what the job's recipe or settings name as data, and nothing else."""
+        return ImageLoader(self.blobs.get, named=True)
 
     def progress(self, stage: Stage, share: float, words: str | None = None) -> None:
         """Reports how far a stage is (0 to 1), at most twice a second, and stops the work where it must stop.

@@ -22,6 +22,9 @@ FILE = "snapshot.json"
 def run(ctx: JobContext) -> Json:
     """Refuses (Conflict, TrainingError, UnsupportedModel) or freezes the choice."""
     content = once(ctx.folder / FILE, lambda: _frozen(ctx))
+    if unreadable := content["samples"].get("unreadable"):
+        told = "recent conversations show what was not stored, and cannot calibrate"
+        ctx.note(f"{unreadable} {told}", unreadable=unreadable)
     ctx.store.add_snapshot(
         Snapshot(
             id=content["id"],
@@ -108,12 +111,14 @@ def _select(ctx: JobContext, parent: Parent) -> snapshot.Selection:
     train = ctx.train
     measure = PairRenderer(ChatRenderer(load_processor(parent.master)), ctx.images)
 
-    def too_long(pair: Pair) -> bool:
+    def unfit(pair: Pair) -> str | None:
         ctx.check()
-        return measure.tokens(pair) > train.dpo.max_length
+        if not measure.is_readable(pair):
+            return "unreadable"
+        return "too_long" if measure.tokens(pair) > train.dpo.max_length else None
 
     rows = ctx.store.training_pairs(exclude_used=train.preferences == "unused")
-    selection = snapshot.select(rows, held_out=train.held_out, too_long=too_long)
+    selection = snapshot.select(rows, held_out=train.held_out, unfit=unfit)
     if len(selection.train) < train.min_pairs:
         raise Conflict(_too_few(selection.counts, train.min_pairs, train.preferences), code="too_few_preferences")
     return selection

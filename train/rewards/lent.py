@@ -53,7 +53,8 @@ def lent(settings: Settings, version: str) -> Iterator[Backing]:
         def read_blob(sha256: str) -> bytes:
             return Blobs(settings.blobs_url).get(sha256)
 
-        yield Backing(processor=processor, model=model, load_image=ImageLoader(read_blob), pairs=pairs)
+        images = ImageLoader(read_blob, named=True)  # whoever gives samples names their pictures
+        yield Backing(processor=processor, model=model, load_image=images, pairs=pairs)
 
 
 def _model(parent: Parent) -> Any:

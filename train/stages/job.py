@@ -18,8 +18,10 @@ from noria.recipes import Recipe, RecipeStage
 from noria.records import Json
 from noria.registry import Registry
 from train.data import calibration
+from train.data.formats.pictures import into
 from train.data.samples import AnySample, PreferenceSample, Sample
 from train.data.sources import read_all
+from train.models.embedded import BLANK
 from train.pipeline.context import REPORT_EVERY_S, JobContext
 from train.pipeline.files import link_tree, once, remove
 from train.pipeline.lineage import find_parent, live_version, require_disk
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from train.stages.run import Listener
 
 RECIPE = "rows of the recipe's last stage with answers, evenly spread, then recent completions"
+ADD = "add it with `noria model add`"
 _RECENT_STEPS = 20  # over which the time left is reckoned
 
 
@@ -68,7 +71,7 @@ def freeze(ctx: JobContext) -> Json:
             prompts[stage.name] = asked.to_json()
             answered = grpo.answered(asked.prompts) or answered
             continue
-        data = read_all(stage.data, stage.kind, seed=stage.seed)
+        data = read_all(stage.data, stage.kind, keep_image=into(ctx.blobs), seed=stage.seed)
         hashes[stage.name], counts[stage.name] = data.sha256, len(data)
         _tell_bad(ctx, stage, [row for report in data.reports for row in report.bad])
         answered = answered if stage.kind == "vision" else data
@@ -103,9 +106,10 @@ def version_of(recipe: Recipe, registry: Registry) -> str:
     roots = [version for version in named if manifests[version].parent is None]
     if not roots:
         known = sorted({found.base.name for found in manifests.values() if found.base is not None})
+        advice = "`noria model build-embedded` makes it and trains it" if recipe.model == BLANK else ADD
         raise NotFound(
             f"model {recipe.model!r} of recipe {recipe.name!r} is no version and no model that was added "
-            f"({', '.join([*versions, *known]) or 'there is none'}); add it with `noria model add`",
+            f"({', '.join([*versions, *known]) or 'there is none'}); {advice}",
             param="model",
         )
     return roots[-1]
@@ -238,17 +242,30 @@ def _conversations(ctx: JobContext, answered: Sequence[AnySample]) -> Json:
     """References for calibration and verification, no row in both where there are enough."""
     counts = (ctx.train.quantize.calibration_samples, ctx.train.verify.samples)
     wanted = sum(counts)
-    step = max(1, len(answered) // wanted)
-    rows = [row for one in answered[: step * wanted : step] if (row := _reference(one)) is not None]
-    others = [calibration.of_completion(one) for one in recent(ctx, wanted) if one.finished and one.choices]
-    found = [*rows, *others]
+    rows = spread_rows(answered, counts)
+    others, unreadable = calibration.usable(recent(ctx, wanted))
+    found = [*rows, *map(calibration.of_completion, others)]
     checked = found[counts[0] :][: counts[1]]
     return {
         "recipe": RECIPE,
         "calibration": found[: counts[0]],
         "verification": checked or found[: counts[1]],
         "verified_on_calibration": not checked,
+        "unreadable": unreadable,
     }
+
+
+def spread_rows(answered: Sequence[AnySample], counts: tuple[int, int]) -> list[Json]:
+    """References (`train.data.calibration`): those to calibrate on, then those to verify on, both spread over all rows.
+
+    Sources lie one after the other: a first part to calibrate on would hold nothing of the last ones.
+    """
+    wanted, checked = sum(counts), counts[1]
+    step = max(1, len(answered) // wanted)
+    aside = {number * wanted // checked + wanted // checked - 1 for number in range(checked)}
+    taken = list(enumerate(answered[: step * wanted : step]))
+    ordered = [one for at, one in taken if at not in aside] + [one for at, one in taken if at in aside]
+    return [row for one in ordered if (row := _reference(one)) is not None]
 
 
 def _reference(one: AnySample) -> Json | None:

@@ -3,13 +3,13 @@
 Comes in: samples, a model whose policies are applied, its processor. Goes out: a `Task` for the trainer.
 Must not import `serve`.
 
-Shapes: B rows, T tokens, K positions whose next token is learnt in any row, V the vocabulary.
+Shapes: B rows, T tokens, N of all of them whose next token is learnt, V the vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,6 @@ class LanguageTask:
         self._packed = stage.packing
         self._collate = PackedCollator(encoder, applied.model) if stage.packing else SupervisedCollator(encoder)
         applied.model.register_forward_hook(_anchored)
-        self._keeps = "logits_to_keep" in inspect.signature(applied.model.forward).parameters
 
     def groups(self, model: Any) -> list[dict[str, Any]]:
         """The groups of the applied policies."""
@@ -75,17 +74,10 @@ class LanguageTask:
     def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
         """-sum log p(token) over the answers' tokens, in nats; the output layer runs on their positions alone."""
         targets_BT = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        inputs = {"use_cache": False, **batch["inputs"]}
-        keep_K = (targets_BT != IGNORED).any(0).nonzero().flatten()
-        if self._keeps and len(keep_K):
-            logits_BKV = model(**inputs, logits_to_keep=keep_K).logits
-            targets_BT = targets_BT[:, keep_K]
-        else:
-            logits_BKV = model(**inputs).logits
-        loss = functional.cross_entropy(
-            logits_BKV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        return loss, {}
+        learnt_BT = targets_BT != IGNORED
+        with output_layer_at(self.model, learnt_BT):
+            logits_NV = model(**{"use_cache": False, **batch["inputs"]}).logits
+        return functional.cross_entropy(logits_NV.float(), targets_BT[learnt_BT], reduction="sum"), {}
 
     def report(self) -> Json:
         """What became of the samples, in counts."""
@@ -100,6 +92,19 @@ class LanguageTask:
             return plan(stage, kept, pack=lambda number: _packs(stage, kept, lengths, number))
         by_number = dict(zip(kept, lengths, strict=True))
         return plan(stage, kept, lengths=by_number if stage.group_by_length else None)
+
+
+@contextmanager
+def output_layer_at(model: Any, learnt_BT: torch.Tensor) -> Iterator[None]:
+    """The output layer, which is a fifth of a small model, runs on these positions alone: logits are (N, V) inside.
+
+    By a hook and not by `logits_to_keep`, which keeps the same columns for every row.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][learnt_BT],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _anchored(model: Any, args: Any, output: Any) -> Any:

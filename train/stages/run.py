@@ -21,8 +21,10 @@ from noria.blobs import Blobs
 from noria.errors import TrainingError
 from noria.recipes import RecipeStage
 from noria.records import Json
+from train.data.formats.pictures import as_data_url, into
 from train.data.samples import ReadReport, Sample, VisionSample
 from train.data.sources import ImageLoader, MixedData, read_all
+from train.methods.checkpoints import last_checkpoint, step_of
 from train.methods.delta import save_delta
 from train.methods.policies import Applied, apply_policies
 from train.methods.policy_model import Base, load_policy, load_processor, read_architecture, training_dtype
@@ -40,7 +42,7 @@ from train.stages.spec import (
     read_steps,
     write_steps,
 )
-from train.stages.trainer import StageTrainer, StageWatch, last_checkpoint
+from train.stages.trainer import StageTrainer, StageWatch
 from train.stages.vision.task import VisionTask
 
 PICTURE_BYTES = 2 << 30  # 77 000 pictures of 96 by 96
@@ -77,7 +79,7 @@ def train_supervised(run: StageRun, listener: Listener) -> Json:
     transformers.set_seed(run.stage.seed)
     applied = _load(run)
     task = _task(run, applied, processor, data, measured)
-    log = _Log(run)
+    log = StageLog(run)
 
     def on_step(step: Step) -> None:
         log.add(step)
@@ -89,10 +91,12 @@ def train_supervised(run: StageRun, listener: Listener) -> Json:
     _require_covered(applied, trainer.create_optimizer())
     if trainer.args.should_log:
         listener.on_table(applied.table())
-    trainer.train(resume_from_checkpoint=_resume(run))
+    checkpoint = last_checkpoint(run.folder / CHECKPOINTS)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.stopped is not None:
         raise watch.stopped
-    _save(run, applied, trainer, pictured)
+    went_on = trainer.state.global_step > (step_of(checkpoint) if checkpoint else 0)
+    _save(run, applied, trainer, pictured and went_on)
     if not trainer.args.should_log:
         return {}  # only the first process hears of steps
     told = report(run.stage, log.steps, applied, time.monotonic() - started)
@@ -113,8 +117,9 @@ def measure_data(run: StageRun, processor: Any, data: MixedData, listener: Liste
 
 
 def read_data(run: StageRun) -> MixedData:
-    """The stage's samples. Raises as `train.data.sources.read`."""
-    return read_all(run.stage.data, run.stage.kind, seed=run.stage.seed)
+    """The stage's samples; pictures that rows carry go to the blobs. Raises as `train.data.sources.read`."""
+    keep_image = into(Blobs(run.blobs)) if run.blobs else as_data_url
+    return read_all(run.stage.data, run.stage.kind, keep_image=keep_image, seed=run.stage.seed)
 
 
 @dataclass(frozen=True)
@@ -129,10 +134,11 @@ class Precision:
 def precision(run: StageRun) -> Precision:
     """What the stage computes in on this machine.
 
-    On a CPU bfloat16 is a matter of autocast: weights stay float32, so that what trains is never rounded, and attention
-    is eager, because torch's fused one has a slow backward in bfloat16 there (16 rows of 120 tokens through 135M
-    parameters on one core with AMX: 3.8 s a step eager, 9.8 s in float32). Raises TrainingError where it would be
-    ignored.
+    On a CPU bfloat16 means autocast too, and what trains stays float32. So does all of a vision stage's tower; a
+    language model that is frozen or under a LoRA is held in bfloat16, because casting it in each pass was a third of a
+    step. Attention is eager there, because torch's fused one has a slow backward in bfloat16 (16 rows of 120 tokens
+    through 135M parameters on one core with AMX: 3.8 s a step eager, 9.8 s in float32). Raises TrainingError where it
+    would be ignored.
     """
     wanted = run.stage.precision
     if wanted == "auto":
@@ -143,7 +149,8 @@ def precision(run: StageRun) -> Precision:
         return Precision(torch.float32)
     if torch.cuda.is_available():
         return Precision(torch.bfloat16)
-    return Precision(torch.float32, attention="eager", autocast=True)
+    dtype = torch.float32 if run.stage.kind == "vision" else torch.bfloat16
+    return Precision(dtype, attention="eager", autocast=True)
 
 
 def report(stage: RecipeStage, steps: list[Step], applied: Applied, seconds: float) -> Json:
@@ -188,8 +195,8 @@ def _source(one: ReadReport) -> Json:
 
 
 def image_loader(run: StageRun, memory: int = 0) -> ImageLoader:
-    """Pictures of every kind of reference, stored ones too; `memory` is `ImageLoader`'s."""
-    return ImageLoader(Blobs(run.blobs).get if run.blobs else None, memory=memory)
+    """The pictures of the stage's data, which the recipe names; `memory` is `ImageLoader`'s."""
+    return ImageLoader(Blobs(run.blobs).get if run.blobs else None, named=True, memory=memory)
 
 
 def picture_memory(processes: int) -> int:
@@ -198,13 +205,13 @@ def picture_memory(processes: int) -> int:
     return min(PICTURE_BYTES, whole // 8) // processes
 
 
-class _Log:
+class StageLog:
     """The log's file and the steps in it; those after the checkpoint that is gone on from are forgotten."""
 
     def __init__(self, run: StageRun) -> None:
         self.path = run.folder / LOG
-        checkpoint = _resume(run)
-        done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+        checkpoint = last_checkpoint(run.folder / CHECKPOINTS)
+        done = step_of(checkpoint) if checkpoint else 0
         self.steps = [step for step in read_steps(self.path) if step.step <= done]
         if os.environ.get("RANK", "0") == "0":
             write_steps(self.path, self.steps)
@@ -258,8 +265,3 @@ def _save(run: StageRun, applied: Applied, trainer: StageTrainer, pictured: bool
         policies = {module: policy.record() for module, policy in applied.policies.items()}
         save_delta(applied.model, run.folder / DELTA, policies, state=state)
     trainer.accelerator.wait_for_everyone()
-
-
-def _resume(run: StageRun) -> str | None:
-    found = last_checkpoint(run.folder / CHECKPOINTS)
-    return str(found) if found is not None else None

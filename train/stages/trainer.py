@@ -1,7 +1,7 @@
-"""transformers' Trainer with the stage's own order, loss, optimiser groups and checkpoints, and no step on a NaN.
+"""transformers' Trainer with the stage's own order, loss and optimiser groups, and no step on a NaN.
 
 Comes in: a `Task`, a `Plan`, the recipe's stage. Goes out: a trained model in memory, one `Step` a step, checkpoints
-that hold what trains and nothing else. Must not import `serve`.
+(`train.methods.checkpoints`). Must not import `serve`.
 
 The loss of a step is the sum of its terms over all micro-batches and processes, divided by their number: it does not
 depend on how a batch is cut up.
@@ -9,29 +9,22 @@ depend on how a batch is cut up.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from noria.errors import LeaseLost, TrainingError
+from noria.errors import TrainingError
 from noria.recipes import RecipeStage
-from train.heartbeat import SHUTDOWN
+from train.methods.checkpoints import CheckpointedTrainer, StopWatch, saving
 from train.stages.order import Plan, Unit
 from train.stages.spec import Step
 
-TRAINABLE = "trainable.safetensors"
-WHOLE = "whole"  # a checkpoint's last file: all processes have written theirs
-CHECKPOINT_EVERY = 100
-_KEPT_CHECKPOINTS = 2
 _SCHEDULES = {
     "constant": "constant_with_warmup",
     "linear": "linear",
@@ -55,7 +48,7 @@ class Task(Protocol):
         """The sum of the loss over the batch's items, and figures to report."""
 
 
-class StageTrainer(transformers.Trainer):
+class StageTrainer(CheckpointedTrainer):
     """Runs one task over one plan."""
 
     def __init__(
@@ -109,10 +102,6 @@ class StageTrainer(transformers.Trainer):
         """Not counted."""
         return 0
 
-    def save_now(self) -> None:
-        """A checkpoint of this very step."""
-        self._save_checkpoint(self.model, trial=None)
-
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> torch.Tensor:
         items = torch.tensor(sum(batch["items"] for batch in batch_samples), dtype=torch.float32, device=device)
         if self.args.world_size > 1:
@@ -134,39 +123,13 @@ class StageTrainer(transformers.Trainer):
         torch.nn.utils.clip_grads_with_norm_([parameter for _, parameter in trained], self.args.max_grad_norm, norm)
         return norm
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(trainables(self.model, state_dict), folder / TRAINABLE, metadata={"format": "pt"})
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        kept = load_file(Path(resume_from_checkpoint) / TRAINABLE)
-        held = {_plain(name): p for name, p in self.model.named_parameters() if p.requires_grad}
-        if kept.keys() != held.keys():
-            odd = sorted(kept.keys() ^ held.keys())[0]
-            raise TrainingError(f"the checkpoint {resume_from_checkpoint} is of another stage: {odd} is in one only")
-        with torch.no_grad():
-            for name, parameter in held.items():
-                parameter.copy_(kept[name])
-
-
-class StageWatch(transformers.TrainerCallback):
-    """Between steps: lets the job be stopped, keeps a checkpoint when the machine asks, reports each step."""
+class StageWatch(StopWatch):
+    """Reports each step, and ends the stage in order when it is told to."""
 
     def __init__(self, on_step: Callable[[Step], None], check: Callable[[], None]) -> None:
+        super().__init__(check)
         self._on_step = on_step
-        self._check = check
-        self.trainer: StageTrainer | None = None
-        self.stopped: LeaseLost | None = None
         self._tokens = 0
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._began = time.monotonic()
@@ -178,29 +141,9 @@ class StageWatch(transformers.TrainerCallback):
             self._metrics[name].append(value)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A new optimiser step. Nothing of it has happened yet, so a machine that is asked to stop can still save."""
-        try:
-            self._check()
-        except LeaseLost as stop:
-            if stop.code == SHUTDOWN and self.trainer is not None and state.global_step:
-                self.trainer.save_now()
-            raise
+        """A new optimiser step."""
+        super().on_step_begin(args, state, control, **kwargs)
         self._began = time.monotonic()
-        if self.trainer is not None:
-            self.trainer.begin_step()
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A micro-batch that is not the step's last. A machine that is asked to stop ends its step first."""
-        try:
-            self._check()
-        except LeaseLost as stop:
-            if stop.code != SHUTDOWN:
-                raise
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A machine that is asked to stop keeps what it has learnt; any other reason ends the work at once."""
-        with self._stopping(control):
-            self._check()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Every step logs once; the summary at the end has no `loss`."""
@@ -221,43 +164,26 @@ class StageWatch(transformers.TrainerCallback):
             seconds=round(time.monotonic() - self._began, 4),
             metrics={name: round(value, 6) for name, value in figures.items()},
         )
-        with self._stopping(control):  # who hears of a step may say stop, too
+        with self.stopping(control):  # who hears of a step may say stop, too
             self._on_step(step)
-
-    @contextmanager
-    def _stopping(self, control: Any) -> Iterator[None]:
-        """The step is done: a machine that is asked to stop saves it first, and the training ends after."""
-        try:
-            yield
-        except LeaseLost as stop:
-            if stop.code != SHUTDOWN:
-                raise
-            self.stopped = stop
-            control.should_save = control.should_training_stop = True
 
 
 def arguments(stage: RecipeStage, plan: Plan, out: Path, **options: Any) -> transformers.TrainingArguments:
     """The stage in transformers' words. Nothing is sent or printed by it; every step is logged to the callback."""
     cuda = torch.cuda.is_available()
     processes = options.pop("processes", 1)
-    falls = {"num_decay_steps": max(1, round(stage.decay * plan.steps)), "decay_type": "linear"}
     return transformers.TrainingArguments(
-        output_dir=str(out),
+        **saving(out, stage.checkpoint_every),
         max_steps=plan.steps,
         per_device_train_batch_size=stage.micro,
         gradient_accumulation_steps=plan.per_step // processes,
-        lr_scheduler_type=_SCHEDULES[stage.schedule or "cosine"],
-        lr_scheduler_kwargs=falls if stage.schedule == "constant-linear" else None,
-        warmup_steps=stage.warmup_ratio if stage.warmup_ratio < 1 else 0.999,
+        **rates(stage, plan.steps),
         max_grad_norm=stage.max_grad_norm,
         seed=stage.seed,
         data_seed=stage.seed,
         use_cpu=not cuda,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=stage.checkpoint_every or CHECKPOINT_EVERY,
-        save_total_limit=_KEPT_CHECKPOINTS,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -267,21 +193,15 @@ def arguments(stage: RecipeStage, plan: Plan, out: Path, **options: Any) -> tran
     )
 
 
-def trainables(model: Any, state: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
-    """What trains, by name, on the CPU; `state` has the values where the model holds shards of them."""
-    named = [(_plain(name), parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    plain = {_plain(name): value for name, value in (state or {}).items()}
-    return {name: plain.get(name, parameter).detach().cpu().contiguous() for name, parameter in named}
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The newest whole checkpoint; what was cut off is removed."""
-    found = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in found:
-        if not (path / WHOLE).is_file():
-            shutil.rmtree(path, ignore_errors=True)
-    whole = [path for path in found if path.is_dir()]
-    return whole[-1] if whole else None
+def rates(stage: RecipeStage, steps: int) -> dict[str, Any]:
+    """How the learning rates go over a stage of so many steps, in transformers' words."""
+    schedule = stage.schedule or ("linear" if stage.kind == "dpo" else "cosine")
+    falls = {"num_decay_steps": max(1, round(stage.decay * steps)), "decay_type": "linear"}
+    return {
+        "lr_scheduler_type": _SCHEDULES[schedule],
+        "lr_scheduler_kwargs": falls if schedule == "constant-linear" else None,
+        "warmup_steps": stage.warmup_ratio if stage.warmup_ratio < 1 else 0.999,
+    }
 
 
 def non_finite(what: str, sources: list[str]) -> TrainingError:
@@ -290,11 +210,6 @@ def non_finite(what: str, sources: list[str]) -> TrainingError:
         f"{what} is not finite; stopped before the optimiser step. Rows in the batch: {', '.join(sources)}",
         code="non_finite",
     )
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without what FSDP, DDP or compilation put around it."""
-    return name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "").removeprefix("module.")
 
 
 class _Units:

@@ -30,6 +30,7 @@ app = typer.Typer()
 
 VERSION = re.compile(r"v[0-9]+")
 EMBEDDED = "embedded"
+BLANK = "embedded-blank"  # what the embedded model's eyes are trained from: nothing to serve by itself
 STOP_S = 40.0  # beside the server's own wait: its engine ends, the trainer hands its job back
 BUILD_STOP_S = 30.0
 MODEL = "A version (v2), or a checkpoint, taken in the first time: a folder or a hub id. Default: live, or embedded."
@@ -71,7 +72,7 @@ def plan(settings: Settings, model: str | None) -> Plan:
     """Nothing is taken in twice: `up --model PATH` may be said at every start, and a rollout since then holds."""
     live, bases = models_of(settings)
     if model is None:
-        return Plan(None if bases else ["model", EMBEDDED], None)
+        return Plan(None if live or bases - {BLANK} else ["model", EMBEDDED], None)
     if VERSION.fullmatch(model):
         require_version(settings, model)
         return Plan(None, model)

@@ -62,10 +62,13 @@ def _store_message(message_id: str, message: Json, picture: Callable[[str], str 
 
 
 def _with_picture(part: Any, picture: Callable[[str], str | None]) -> Any:
-    url = part.get("image_url", {}).get("url", "") if isinstance(part, dict) else ""
-    if not url.startswith(BLOB_SCHEME):
+    shown = part.get("image_url") if isinstance(part, dict) else None
+    if not isinstance(shown, dict):  # one that was not stored may be a plain string
         return part
-    return {**part, "image_url": {**part["image_url"], "url": picture(url.removeprefix(BLOB_SCHEME)) or url}}
+    url = shown.get("url")
+    if not isinstance(url, str) or not url.startswith(BLOB_SCHEME):
+        return part
+    return {**part, "image_url": {**shown, "url": picture(url.removeprefix(BLOB_SCHEME)) or url}}
 
 
 def page(objects: Sequence[Json], limit: int) -> Json:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from PIL import Image
 
-from noria.records import Json
-from train.data.samples import Sample, image_part, references
+from noria.records import Json, image_references
+from train.data.samples import Sample, image_part
 
 SIZES = {"red": (40, 30), "blue": (20, 50), "green": (33, 33)}
 
@@ -30,7 +30,7 @@ def told(text: str) -> Json:
 
 def sample(*messages: Json, source: str = "rows.jsonl:1", cut: bool = False) -> Sample:
     """Messages as a sample."""
-    return Sample(messages, references(messages), source, cut)
+    return Sample(messages, image_references(messages), source, cut)
 
 
 ONE = sample(asked("what is it", "red"), told("a red square"))

@@ -14,7 +14,7 @@ from PIL import Image
 from noria.errors import InvalidRequest
 from noria.records import BLOB_SCHEME, Json
 from train.data.formats import RowReader, detect
-from train.data.formats.pictures import Place
+from train.data.formats.pictures import Place, as_data_url
 from train.data.samples import Box, PreferenceSample, Sample, VisionSample, image_part
 
 HUMAN: Json = {"from": "human", "value": "<image>\nWhat is it?"}
@@ -118,7 +118,7 @@ def test_every_format_gives_the_same_pair(name: str, place: Place) -> None:
 def test_several_turns_and_pictures_stay_in_order(place: Place) -> None:
     values = ["<image>\nand\n<image>\nwhich is older?", "the first", "sure?\n<image>", "yes"]
     turns = [{"from": "human" if n % 2 == 0 else "gpt", "value": value} for n, value in enumerate(values)]
-    names = ["https://x.org/1.png", "s3://b/2.png", "data:image/png;base64,AA"]
+    names = ["https://x.org/1.png", "s3://b/2.png", as_data_url(png("red"), "image/png")]
     sample = read({"conversations": turns, "image": names}, place)[0]
     assert sample.images == tuple(names)
     words = {"type": "text", "text": "and"}
@@ -198,6 +198,11 @@ def test_our_export_gives_pairs_with_their_pictures_and_cuts(place: Place) -> No
     assert isinstance(pair, PreferenceSample)
     assert pair.images == (f"data:image/png;base64,{picture['data']}",)
     assert (pair.chosen, pair.chosen_cut, pair.rejected, pair.rejected_cut) == ("a square", False, "a ca", True)
+    (Path(place.folder or ".") / "own.png").write_bytes(data)
+    for named in ("https://x.org/a.png", "own.png"):
+        preference["pair"]["messages"] = [{"role": "user", "content": [image_part(named)]}]
+        with pytest.raises(InvalidRequest, match="a picture that was not stored"):
+            reader.samples(preference, place, "f:4")
     assert reader.samples({**preference, "verdict": "tie"}, place, "f:4") == []
     with pytest.raises(InvalidRequest, match="the line says"):
         reader.samples({**picture, "sha256": "0" * 64}, place, "f:5")

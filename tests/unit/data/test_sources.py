@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import http.server
 import json
-import threading
 from collections.abc import Iterator
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,9 @@ from PIL import Image
 from noria.blobs import Blobs
 from noria.errors import InvalidRequest, NoriaError, NotFound, TrainingError, Unavailable
 from noria.recipes import DataSource
-from noria.records import Json
+from noria.records import BLOB_SCHEME, Json
+from tests.unit.web import Web, serving
+from train.data.formats.pictures import into
 from train.data.samples import Sample, VisionSample
 from train.data.sources import ImageLoader, SourceData, read, read_all
 
@@ -49,21 +48,11 @@ def png(colour: str, size: tuple[int, int] = (6, 4)) -> bytes:
     return sink.getvalue()
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args: Any) -> None:
-        """Says nothing."""
-
-
 @pytest.fixture
-def web(tmp_path: Path) -> Iterator[str]:
+def web(tmp_path: Path) -> Iterator[Web]:
     """The test's folder on a web server of this machine."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(tmp_path) as found:
+        yield found
 
 
 def test_bad_rows_are_told_with_file_line_and_reason_and_do_not_stop_the_rest(tmp_path: Path) -> None:
@@ -115,22 +104,22 @@ def test_relative_pictures_lie_beside_the_file(tmp_path: Path, monkeypatch: pyte
     for source in (tmp_path / "rows.jsonl", f"file://{tmp_path}/rows.jsonl", "../rows.jsonl"):
         (sample,) = load(source)
         assert isinstance(sample, Sample)
-        assert ImageLoader()(sample.images[0]).getpixel((1, 1)) == (255, 0, 0)
+        assert ImageLoader(named=True)(sample.images[0]).getpixel((1, 1)) == (255, 0, 0)
 
 
-def test_from_the_web(tmp_path: Path, web: str) -> None:
+def test_from_the_web(tmp_path: Path, web: Web) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "a.png").write_bytes(png("blue"))
     (tmp_path / "d" / "rows.jsonl").write_bytes(lines(row(1, "a.png"), row(2)))
-    data = load(f"{web}/d/rows.jsonl?download=true")
+    data = load(f"{web.url}/d/rows.jsonl?download=true")
     assert answers(data) == ["answer 1", "answer 2"]
     assert isinstance(data[0], Sample)
-    assert data[0].images == (f"{web}/d/a.png",)
-    assert ImageLoader()(data[0].images[0]).getpixel((0, 0)) == (0, 0, 255)
+    assert data[0].images == (f"{web.url}/d/a.png",)
+    assert ImageLoader(named=True)(data[0].images[0]).getpixel((0, 0)) == (0, 0, 255)
     with pytest.raises(NotFound, match=r"no\.jsonl"):
-        load(f"{web}/no.jsonl")
+        load(f"{web.url}/no.jsonl")
     with pytest.raises(TrainingError, match=r"d/b\.png cannot be read"):
-        ImageLoader()(f"{web}/d/b.png")
+        ImageLoader(named=True)(f"{web.url}/d/b.png")
 
 
 def test_a_web_server_that_is_not_there(free_port: int) -> None:
@@ -147,7 +136,7 @@ def test_from_an_object_store() -> None:
     data = load("memory://bucket/x")
     assert answers(data) == ["answer 1", "answer 2"]
     assert isinstance(data[0], Sample)
-    assert ImageLoader()(data[0].images[0]).getpixel((0, 0)) == (0, 128, 0)
+    assert ImageLoader(named=True)(data[0].images[0]).getpixel((0, 0)) == (0, 128, 0)
 
 
 def test_a_place_whose_package_is_missing_says_so() -> None:
@@ -214,15 +203,35 @@ def test_the_hash_follows_the_rows_and_not_their_place(tmp_path: Path) -> None:
 
 def test_embedded_pictures_go_to_the_blobs_and_come_back(tmp_path: Path) -> None:
     blobs = Blobs(f"file://{tmp_path}/blobs")
-    (tmp_path / "rows.jsonl").write_bytes(lines({**row(1, "x"), "images": [{"base64": _base64(png("red"))}]}))
-    source = DataSource(source=str(tmp_path / "rows.jsonl"))
-    data = read(source, "sft", keep_image=lambda data, media: blobs.put(data, media).sha256)
-    assert isinstance(data[0], Sample)
+    coded = _base64(png("red"))
+    written = ({"base64": coded}, f"data:image/png;base64,{coded}", f"data:image/png;base64,{coded[:20]}")
+    (tmp_path / "rows.jsonl").write_bytes(lines(*({**row(1, "x"), "images": [one]} for one in written)))
+    data = read(DataSource(source=str(tmp_path / "rows.jsonl")), "sft", keep_image=into(blobs))
     digest = hashlib.sha256(png("red")).hexdigest()
-    assert data[0].images == (digest,)
+    assert [one.images for one in data if isinstance(one, Sample)] == [(digest,), (digest,)]
+    assert [(bad.line, "cannot be read" in bad.reason) for bad in data.report.bad] == [(3, True)]
     assert ImageLoader(blobs.get)(digest).size == (6, 4)
     with pytest.raises(TrainingError, match="no store of pictures"):
-        ImageLoader()(digest)
+        ImageLoader(named=True)(digest)
+
+
+def test_what_captured_messages_name_is_neither_fetched_nor_read(tmp_path: Path, web: Web) -> None:
+    """Every one of these is a picture that can be read, and is read with leave."""
+    (tmp_path / "a.png").write_bytes(png("red"))
+    blobs = Blobs(f"file://{tmp_path}/blobs")
+    digest = blobs.put(png("blue"), "image/png").sha256
+    data_url = f"data:image/png;base64,{_base64(png('red'))}"
+    drawn = load("scenes", "vision", count=1)[0]
+    assert isinstance(drawn, VisionSample)
+    stored = ImageLoader(blobs.get)
+    assert stored(digest).getpixel((0, 0)) == stored(BLOB_SCHEME + digest).getpixel((0, 0)) == (0, 0, 255)
+    named = [f"{web.url}/a.png", str(tmp_path / "a.png"), f"file://{tmp_path}/a.png", data_url, drawn.image]
+    for reference in [*named, ""]:
+        with pytest.raises(TrainingError, match="what captured messages name is never fetched"):
+            stored(reference)
+    assert web.asked == []
+    assert [ImageLoader(named=True)(reference).mode for reference in named] == ["RGB"] * 5
+    assert set(web.asked) == {"/a.png"}
 
 
 def _base64(data: bytes) -> str:
@@ -234,7 +243,7 @@ def _base64(data: bytes) -> str:
 def test_the_loader_keeps_the_last_ones_and_names_what_it_cannot_read(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"{name}.png").write_bytes(png("red"))
-    loader = ImageLoader(keep=2)
+    loader = ImageLoader(named=True, keep=2)
     kept = [loader(str(tmp_path / f"{name}.png")) for name in "abc"]
     assert loader(str(tmp_path / "c.png")) is kept[2]
     assert loader(str(tmp_path / "a.png")) is not kept[0]
@@ -249,7 +258,7 @@ def test_the_loader_keeps_the_pixels_of_the_first_that_fit(tmp_path: Path) -> No
     colours = {"a": (255, 0, 0), "b": (1, 2, 3), "c": (0, 128, 0)}
     for name, colour in colours.items():
         Image.new("RGB", (6, 4), colour).save(tmp_path / f"{name}.png")
-    loader = ImageLoader(keep=1, memory=2 * 6 * 4 * 3 + 1)
+    loader = ImageLoader(named=True, keep=1, memory=2 * 6 * 4 * 3 + 1)
     first = {name: loader(str(tmp_path / f"{name}.png")) for name in colours}
     for name in colours:
         (tmp_path / f"{name}.png").unlink()
@@ -266,7 +275,7 @@ def test_made_sets_are_read_and_drawn() -> None:
     sample = data[0]
     assert isinstance(sample, VisionSample)
     assert sample.labels
-    assert ImageLoader()(sample.image).size == (96, 96)
+    assert ImageLoader(named=True)(sample.image).size == (96, 96)
     assert isinstance(load("scenes", "sft", count=2)[0], Sample)
     assert load("scenes", count=4).report.sha256 == load("scenes", count=4).report.sha256
 

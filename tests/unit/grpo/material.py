@@ -119,8 +119,7 @@ def run(
     means = Means(
         sampler=sampler,
         score=lambda applied, processor: combine([reward or Telling()]),
-        load_image=ImageLoader(),
-        read_blob=lambda sha256: b"",
+        images=ImageLoader(named=True),
         on_step=heard,
         check=check,
     )

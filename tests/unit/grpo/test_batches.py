@@ -14,6 +14,7 @@ from noria.methods.grpo import PromptSource
 from noria.records import Json
 from noria.sampling.records import Drawing, Group, Sample
 from tests.unit.grpo.material import settings
+from train.data.sources import ImageLoader
 from train.methods.grpo.groups import Answer, Prompt, advantages
 from train.methods.grpo.groups import Group as Scored
 from train.methods.grpo.sampling.batches import LEFT_OUT, Batch, Batches
@@ -214,7 +215,7 @@ def test_with_several_passes_a_group_must_be_young_enough_for_the_last() -> None
 
 def test_a_picture_that_cannot_be_read_costs_its_prompt(tmp_path: Path) -> None:
     made, _, _ = batches(["1 2", "3 4"], prompts_per_step=2, zero_variance="drop")
-    read = WirePictures(lambda sha256: b"")
+    read = WirePictures(ImageLoader(named=True).read)
 
     def wire(messages: Sequence[Json]) -> list[Json]:
         if messages[0]["content"] == "1 2":
@@ -239,7 +240,7 @@ def test_pictures_travel_as_the_bytes_that_they_are(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 3), "red").save(path)
     blob = path.read_bytes()
-    wire = WirePictures({"ab" * 32: blob}.__getitem__)
+    wire = WirePictures(ImageLoader({"ab" * 32: blob}.__getitem__, named=True).read)
     urls = [str(path), "noria-blob:" + "ab" * 32, "data:image/png;base64,xyz", "scene:train/one/0/0"]
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     sent = wire([{"role": "system", "content": "hi"}, {"role": "user", "content": parts}])

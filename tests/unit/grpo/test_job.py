@@ -20,7 +20,7 @@ from noria.settings import Settings
 from noria.store import Store
 from tests.unit.grpo.sampler import TinySampler
 from tests.unit.stages.material import write_data
-from train.daemon import Trainer, job_settings
+from train.daemon import Trainer, job_context
 from train.data import calibration, snapshot
 from train.log import EventLog
 from train.methods.delta import changed_modules, delta_folders
@@ -83,19 +83,7 @@ def pool(tiny_vlm: Path, monkeypatch: pytest.MonkeyPatch) -> Pool:
 
 
 def context(trainer: Trainer, job: Job) -> JobContext:
-    asked, train = job_settings(trainer.settings.train, job.settings)
-    return JobContext(
-        store=trainer.store,
-        registry=trainer.registry,
-        blobs=trainer.blobs,
-        settings=trainer.settings,
-        train=train,
-        job=job,
-        owner=trainer.owner,
-        check=lambda: None,
-        log=trainer.log,
-        recipe=asked,
-    )
+    return replace(job_context(trainer, job), check=lambda: None)
 
 
 def started(trainer: Trainer, method: str, settings: Json) -> JobContext:
@@ -215,7 +203,7 @@ def test_right_answers_calibrate_and_verify(trainer: Trainer) -> None:
     chosen = prepare.snapshot_file(ctx)["samples"]
     assert (len(chosen["calibration"]), len(chosen["verification"])) == (6, 3)
     assert chosen["verified_on_calibration"] is False
-    found = calibration.samples(chosen["calibration"], {}, ctx.store.get_completion, ctx.images)
+    found = calibration.samples(chosen["calibration"], {}, ctx.store.get_completion, ctx.images, ctx.data_images)
     assert all(sample.images and sample.messages[-1]["role"] == "assistant" for _, sample in found)
 
 

@@ -129,6 +129,16 @@ def test_captured_conversations_are_asked_again() -> None:
     assert one.images == (shown["image_url"]["url"],)
 
 
+def test_what_a_user_named_and_nobody_stored_is_not_asked_and_counted() -> None:
+    """The engine fetched it then; here it would be fetched with this machine's rights, as a file or an address."""
+    named = {"type": "image_url", "image_url": {"url": "/etc/hostname"}}
+    asked = [({"role": "user", "content": content},) for content in ("hm", [named], [{"type": "input_audio"}])]
+    kept = [Completion(f"chatcmpl-{n}", 1.0, "noria", "v1", one, {}, "hash", ()) for n, one in enumerate(asked)]
+    found = read({}, kept)
+    assert [one.source for one in found.prompts] == ["captured:chatcmpl-0"]
+    assert [bad.reason for bad in found.bad] == [f"chatcmpl-{n} shows what was not stored" for n in (1, 2)]
+
+
 def test_a_stream_mixes_by_weight_and_goes_on_where_it_was(tmp_path: Path) -> None:
     sources = [
         PromptSource(source=rows(tmp_path / "a.jsonl", *({"prompt": f"a{n}"} for n in range(10))), weight=3.0),

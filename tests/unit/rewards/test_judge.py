@@ -145,14 +145,14 @@ def test_pictures_are_shown_as_the_judge_can_read_them(serve: Any) -> None:
 
     def load(reference: str) -> Image.Image:
         loaded.append(reference)
-        return Image.new("RGB", (2, 2), reference)
+        return Image.new("RGB", (2, 2), reference.removeprefix(BLOB_SCHEME))
 
     assert reward(judge, Backing(load_image=load))([sample]) == [1.0]
     parts = judge.asked[0]["messages"][1]["content"]
     assert [part["type"] for part in parts] == ["text", "image_url", "image_url", "text"]
     assert parts[1]["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
     assert parts[2]["image_url"]["url"] == data
-    assert loaded == ["red"]
+    assert loaded == [f"{BLOB_SCHEME}red"]
     assert reward(judge)([sample]) == [Failure("unreadable picture")]
     assert reward(judge, pictures=False)([sample]) == [1.0]
     assert judge.asked[1]["messages"][1]["content"].count("(a picture)") == 2

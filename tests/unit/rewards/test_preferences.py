@@ -13,13 +13,13 @@ import torch
 from noria.errors import IntegrityError, LeaseLost, NotFound, TrainingError
 from noria.evals.scores import wilson
 from noria.module_settings import ModulePolicies
-from noria.records import BLOB_SCHEME
+from noria.records import BLOB_SCHEME, image_references
 from noria.rewards import PreferencesOptions
 from tests.tiny import build_tiny_vlm
 from tests.tiny_families import FAMILIES, build_tiny_family
 from tests.unit.data.conversations import load_image
 from tests.unit.rewards.judged import pairs, question
-from train.data.samples import image_part, references
+from train.data.samples import image_part
 from train.methods.policies import apply_policies
 from train.methods.policy_model import load_policy, load_processor, read_architecture
 from train.rewards import Backing, Failure, Sample, build, combine
@@ -93,7 +93,7 @@ def whole(processor: Any, one: Answered) -> Any:
         kinds = [{"type": "image"} if part["type"] == "image_url" else part for part in parts]
         turns.append({"role": turn["role"], "content": kinds})
     text = processor.apply_chat_template(turns, tokenize=False).removesuffix("\n")
-    shown: Any = [load_image(reference) for reference in references(one.messages)]
+    shown: Any = [load_image(reference) for reference in image_references(one.messages)]
     nested = type(processor).__name__.startswith("Idefics3")
     images = None if not shown else [shown] if nested else shown
     return processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False)
@@ -139,7 +139,7 @@ def test_a_cut_answer_is_read_at_its_last_token(reader: FeatureReader, model: An
 
 def test_what_cannot_be_read_costs_that_one(model: Any, processor: Any) -> None:
     def load(reference: str) -> Any:
-        if reference == "gone":
+        if reference == f"{BLOB_SCHEME}gone":
             raise TrainingError("it is gone", code="bad_image")
         return load_image(reference)
 
@@ -151,6 +151,9 @@ def test_what_cannot_be_read_costs_that_one(model: Any, processor: Any) -> None:
         [Answered(gone, "x"), Answered(asked, "z" * 90), Answered(audio, "x"), Answered(asked, "", cut=True)]
     )
     assert found == [Failure("bad_image"), Failure("too long"), Failure("bad_message"), Failure("cannot be encoded")]
+    named = [{"role": "user", "content": [image_part("red")]}]
+    assert isinstance(reader.read([Answered(named, "x")])[0], torch.Tensor)
+    assert reader.read([Answered(named, "x", captured=True)]) == [Failure("unreadable")]  # a user named it
     mixed = reader.read([Answered(asked, "z" * 90), Answered(asked, "yes")])
     assert mixed[0] == Failure("too long")
     assert torch.allclose(mixed[1], reader.read([Answered(asked, "yes")])[0], atol=1e-6)

@@ -1,16 +1,20 @@
-"""Small training data on disk, and stages over them: pictures of one coloured square, conversations, preferences."""
+"""Small training data on disk, stages over them, what a stage leaves: coloured squares, conversations, pairs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
+from noria.errors import LeaseLost
 from noria.recipes import RecipeStage, parse_recipe
 from noria.records import Json
+
+if TYPE_CHECKING:
+    import torch
 
 COLOURS = ("red", "green", "blue")
 FILES = {"vision": "labels.jsonl", "dpo": "preferences.jsonl"}
@@ -56,6 +60,27 @@ def stage(data: Path, kind: str, **more: Any) -> RecipeStage:
     if "epochs" in more:
         told.pop("steps")
     return parse_recipe({"name": "test", "stages": [{**told, **more}]}).stages[0]
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a stage's delta."""
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted((folder / "delta").glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def stopper(code: str, calls: int) -> Callable[[], None]:
+    """A check that says stop at its so-manieth call."""
+    asked = iter(range(1, 10_000))
+
+    def check() -> None:
+        if next(asked) >= calls:
+            raise LeaseLost("stop", code=code)
+
+    return check
 
 
 def _square(colour: str, number: int) -> tuple[Image.Image, list[float]]:

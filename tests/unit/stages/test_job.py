@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import io
+import base64
+import hashlib
 import json
-import shutil
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from noria.errors import Conflict, NotFound, SettingsError, TrainingError
-from noria.records import Job, Json
-from noria.registry import Base, ManifestDraft
-from noria.settings import Settings
-from noria.store import Store
-from tests.unit.stages.material import write_data
-from train.daemon import Trainer, job_settings
+from noria.records import Json, image_references
+from tests.unit.stages.material import write_data, write_rows
+from train.daemon import Trainer, job_context, job_settings
 from train.data import calibration
-from train.log import EventLog
+from train.data.samples import image_part
 from train.methods.delta import changed_modules, delta_folders
 from train.pipeline import learn, prepare
 from train.pipeline.context import JobContext
@@ -35,20 +30,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture
-def trainer(tiny_vlm: Path, tmp_path: Path) -> Iterator[Trainer]:
-    """A trainer over a home whose live version is the tiny model's."""
-    settings = Settings.model_validate({"home": tmp_path / "home", "train": {"nice": 0}})
-    shutil.copytree(tiny_vlm, settings.masters_dir / "tiny")
-    with Store.open(settings.store_url) as store:
-        one = Trainer(settings, store, threading.Event(), EventLog(io.StringIO()))
-        staging = one.registry.begin("test")
-        shutil.copytree(tiny_vlm, staging / "serving")
-        base = Base(name="tiny", path="masters/tiny")
-        one.registry.promote(one.registry.publish(staging, ManifestDraft(method="base", base=base)).id)
-        yield one
-
-
 def recipe(data: Path, **more: Any) -> Json:
     """Eyes, then conversations, then preferences."""
     stages = [
@@ -59,25 +40,9 @@ def recipe(data: Path, **more: Any) -> Json:
     return {"name": "tiny", "stages": stages, **more}
 
 
-def context(trainer: Trainer, job: Job) -> JobContext:
-    asked, train = job_settings(trainer.settings.train, job.settings)
-    return JobContext(
-        store=trainer.store,
-        registry=trainer.registry,
-        blobs=trainer.blobs,
-        settings=trainer.settings,
-        train=train,
-        job=job,
-        owner=trainer.owner,
-        check=lambda: None,
-        log=trainer.log,
-        recipe=asked,
-    )
-
-
 def started(trainer: Trainer, settings: Json) -> JobContext:
     """A job of this trainer, its folder made."""
-    ctx = context(trainer, trainer.store.start_job("recipe", settings, "none", trainer.owner, 60.0))
+    ctx = job_context(trainer, trainer.store.start_job("recipe", settings, "none", trainer.owner, 60.0))
     ctx.folder.mkdir(parents=True, exist_ok=True)
     return ctx
 
@@ -123,7 +88,7 @@ def test_a_stage_that_is_done_is_not_done_again(trainer: Trainer, data: Path, mo
             learn.run(ctx)
     first = ctx.folder / "train" / "01-eyes" / "delta" / "full.safetensors"
     before = (first.read_bytes(), first.stat().st_mtime_ns)
-    again = context(trainer, ctx.job)
+    again = job_context(trainer, ctx.job)
     again.done.update(ctx.done)
     learn.run(again)
     assert (first.read_bytes(), first.stat().st_mtime_ns) == before
@@ -138,10 +103,28 @@ def test_calibration_takes_rows_of_the_last_stage_that_answers(trainer: Trainer,
     rows = [one["row"] for part in ("calibration", "verification") for one in chosen[part]]
     assert len(set(rows)) == 8
     assert all("preferences.jsonl:" in row for row in rows)
-    found = calibration.samples(chosen["calibration"], {}, ctx.store.get_completion, ctx.images)
+    found = calibration.samples(chosen["calibration"], {}, ctx.store.get_completion, ctx.images, ctx.data_images)
     assert [list(reference) for reference, _ in found] == [["row"]] * 5
     assert all(sample.messages[-1]["role"] == "assistant" for _, sample in found)
     assert any(sample.images for _, sample in found)
+
+
+def test_pictures_that_rows_carry_go_to_the_blobs(trainer: Trainer, data: Path, tmp_path: Path) -> None:
+    pictures = [(data / f"{number}.png").read_bytes() for number in range(4)]
+    rows = []
+    for number, picture in enumerate(pictures):
+        url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+        asked = {"role": "user", "content": [image_part(url), {"type": "text", "text": f"which is {number}"}]}
+        rows.append({"messages": [asked, {"role": "assistant", "content": "this"}]})
+    write_rows(tmp_path / "rows.jsonl", rows)
+    stage = {"name": "talk", "kind": "sft", "data": [{"source": str(tmp_path / "rows.jsonl")}], **FIGURES}
+    ctx = started(trainer, {"recipe": {"name": "tiny", "stages": [stage]}})
+    ctx.done["snapshot"] = prepare.run(ctx)
+    named = [image_references(one["messages"]) for one in prepare.snapshot_file(ctx)["samples"]["calibration"]]
+    assert sorted(named) == sorted((hashlib.sha256(picture).hexdigest(),) for picture in pictures)
+    assert {trainer.blobs.get(sha256) for (sha256,) in named} == set(pictures)
+    assert learn.run(ctx)["steps"] == 2
+    assert "base64" not in "".join(path.read_text() for path in ctx.folder.rglob("*.json*"))
 
 
 def test_the_recipe_names_its_model(trainer: Trainer, data: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from noria.errors import LeaseLost, TrainingError
 from noria.recipes import RecipeStage
 from noria.records import Json
-from tests.unit.stages.material import stage, write_data
+from tests.unit.broken import poisoned, with_nan
+from tests.unit.stages.material import stage, stopper, trained, write_data
 from train.data.collate import SupervisedCollator
 from train.data.encode import Encoder
 from train.data.sources import ImageLoader, read_all
@@ -43,14 +44,6 @@ def run(master: Path, one: RecipeStage, out: Path, *deltas: Path, **listener: An
     return told, steps
 
 
-def trained(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a stage's delta."""
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted((folder / "delta").glob("*.safetensors")):
-        found |= load_file(path)
-    return found
-
-
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """Equal to the last bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -69,7 +62,7 @@ def test_the_first_loss_is_transformers_own_over_the_whole_batch(
     one = stage(data, "sft")
     samples: Any = read_all(one.data, "sft")
     first = [number for micro in plan(one, range(len(samples))).micro_batches[:2] for unit in micro for number in unit]
-    encoder = Encoder(load_processor(tiny_vlm), ImageLoader(), 256)
+    encoder = Encoder(load_processor(tiny_vlm), ImageLoader(named=True), 256)
     batch = SupervisedCollator(encoder)([samples[number] for number in first])
     model = load_policy(tiny_vlm, [], read_architecture(tiny_vlm), torch.float32)
     with torch.no_grad():
@@ -200,17 +193,6 @@ def test_a_checkpoint_that_was_cut_off_is_not_believed(tiny_vlm: Path, data: Pat
     assert same(trained(tmp_path), first)
 
 
-def stopper(code: str, calls: int) -> Callable[[], None]:
-    """A check that says stop at its so-manieth call."""
-    asked = iter(range(1, 10_000))
-
-    def check() -> None:
-        if next(asked) >= calls:
-            raise LeaseLost("stop", code=code)
-
-    return check
-
-
 @pytest.mark.parametrize("moment", ["its start", "between", "its end"])
 def test_a_machine_that_stops_in_order_keeps_its_last_step(
     tiny_vlm: Path, data: Path, tmp_path: Path, moment: str
@@ -227,6 +209,18 @@ def test_a_machine_that_stops_in_order_keeps_its_last_step(
     _, rest = run(tiny_vlm, one, tmp_path / "cut")
     assert [step.step for step in rest] == [3, 4]
     assert same(trained(tmp_path / "cut"), trained(whole))
+
+
+def test_a_stage_that_was_cut_off_behind_its_last_step_trains_no_more(
+    tiny_vlm: Path, data: Path, tmp_path: Path
+) -> None:
+    one = stage(data, "align", steps=2)
+    run(tiny_vlm, one, tmp_path)
+    before = trained(tmp_path)
+    shutil.rmtree(tmp_path / "delta")
+    _, steps = run(tiny_vlm, one, tmp_path)
+    assert steps == []
+    assert same(trained(tmp_path), before)
 
 
 def test_who_hears_of_a_step_may_stop_the_machine(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
@@ -247,20 +241,8 @@ def test_cancelling_stops_between_micro_batches(tiny_vlm: Path, data: Path, tmp_
     assert not list((tmp_path / "checkpoints").glob("checkpoint-*"))
 
 
-@pytest.fixture
-def broken(tiny_vlm: Path, tmp_path: Path) -> Path:
-    """The tiny model with one weight of its last layer that is no number."""
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    for path in tiny_vlm.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    weights = load_file(folder / "model.safetensors")
-    weights["language_model.model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def test_a_non_finite_loss_stops_before_the_step_and_names_the_rows(broken: Path, data: Path, tmp_path: Path) -> None:
+def test_a_non_finite_loss_stops_before_the_step_and_names_the_rows(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    broken = with_nan(tiny_vlm, tmp_path / "broken")
     with pytest.raises(
         TrainingError, match=r"loss nan is not finite; stopped before .*conversations\.jsonl:\d+"
     ) as stop:
@@ -273,14 +255,6 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_rows(broken: Path
 def test_a_non_finite_gradient_stops_before_the_step(
     tiny_vlm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss is finite and its gradient is not: an infinite factor appears on the way back only."""
-
-    def poisoned(*args: Any, **more: Any) -> Any:
-        model = load_policy(*args, **more)
-        norm = model.model.language_model.norm
-        norm.register_full_backward_hook(lambda module, grads, _: tuple(g * float("inf") for g in grads))
-        return model
-
     monkeypatch.setattr("train.stages.run.load_policy", poisoned)
     with pytest.raises(TrainingError, match=r"gradient of .*multi_modal_projector.* is not finite") as stop:
         run(tiny_vlm, stage(data, "align"), tmp_path)

@@ -129,7 +129,7 @@ def test_training_pairs_resolve_texts_messages_and_images(store: Store) -> None:
     tied, _ = store.add_preference(ONE, TWO, "tie")
     pairs = store.training_pairs()
     assert [preference for preference, _ in pairs] == [compared, edited, tied]
-    seen: Any = {"messages": (shown,), "images": (PICTURE.sha256,), "prompt_hash": "p1", "created_at": 1000.0}
+    seen: Any = {"messages": (shown,), "images": (url,), "prompt_hash": "p1", "created_at": 1000.0}
     assert [pair for _, pair in pairs] == [
         Pair(preference_id=compared.id, chosen="a longer answer", rejected="third", annotator="u", **seen),
         Pair(preference_id=edited.id, chosen="edited", rejected="short", **seen),

@@ -1,7 +1,8 @@
 """Our own export (`noria prefs export`): lines of pictures, completions and preferences, each on lines above it.
 
 Comes in: lines in their order. Goes out: a conversation for each preference with a direction; pictures are kept as they
-come, and completions remembered for whether an answer was cut. Must not import torch, transformers or `serve`.
+come, and completions remembered for whether an answer was cut. These conversations are users': a picture that one of
+them named and that was not stored is never fetched. Must not import torch, transformers or `serve`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from noria.errors import InvalidRequest
-from noria.records import Json
+from noria.records import BLOB_SCHEME, Json, image_references
 from train.data.formats.pictures import Pictures, Place
 from train.data.formats.turns import Conversation, conversation, read_turns
 
@@ -30,7 +31,7 @@ class ExportReader:
     def parse(self, row: Json, place: Place) -> list[Conversation]:
         """What a line gives: nothing for pictures, completions and preferences without a direction.
 
-        Raises InvalidRequest on a line of another version, damaged bytes, or a pair without its texts.
+        Raises InvalidRequest on a line of another version, damaged bytes, a pair without its texts or stored pictures.
         """
         if row.get("kind") not in KINDS or row.get("format") != FORMAT:
             raise InvalidRequest(f"kind {row.get('kind')!r} in format {row.get('format')!r} is no line of an export")
@@ -64,6 +65,8 @@ class ExportReader:
         ):
             raise InvalidRequest("the preference's texts are not in the line")
         prompt = read_turns(pair.get("messages"), Pictures(place, None))
+        if any(not one.startswith(BLOB_SCHEME) for one in image_references(pair["messages"])):
+            raise InvalidRequest("the conversation shows a picture that was not stored, and it is not fetched now")
         found = conversation(prompt, pair["chosen_text"], pair["rejected_text"])
         return replace(
             found, answer_cut=self._was_cut(row.get("chosen")), rejected_cut=self._was_cut(row.get("rejected"))

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from PIL import Image as Pillow
 
+from noria.blobs import Blobs
 from noria.errors import InvalidRequest
 from noria.records import BLOB_SCHEME
 from noria.scenes import is_made
@@ -35,6 +37,17 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 def as_data_url(data: bytes, media_type: str) -> str:
     """The picture as a reference that carries its own bytes: what is used where there is no store."""
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+def into(blobs: Blobs) -> KeepImage:
+    """Keeps pictures in the store of blobs: data that carry theirs would fill the memory otherwise."""
+    return lambda data, media_type: blobs.put(data, media_type).sha256
+
+
+def from_data_url(url: str) -> bytes:
+    """The bytes that a `data:` URL carries (RFC 2397). Raises ValueError where they are not base64, as it says."""
+    head, _, body = url.partition(",")
+    return base64.b64decode(body) if head.endswith(";base64") else unquote_to_bytes(body)
 
 
 @dataclass
@@ -89,8 +102,13 @@ class Place:
         name = value.removeprefix(BLOB_SCHEME)
         if _SHA256.fullmatch(name):
             return self.stored.get(name, name)
-        if is_made(value) or value.startswith("data:"):
+        if is_made(value):
             return value
+        if value.startswith("data:"):
+            try:
+                return self.embedded(from_data_url(value))
+            except ValueError as error:
+                raise InvalidRequest(f"a picture's data: URL cannot be read: {error}") from error
         scheme = value.partition("://")[0].lower() if _SCHEME.match(value) else None
         if scheme in _NETWORK or (scheme not in (None, "file", "local") and not self._remote):
             return value

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from noria.errors import InvalidRequest
-from noria.records import Json
+from noria.records import Json, image_references
 from train.data.formats.pictures import Pictures
-from train.data.samples import PreferenceSample, Sample, image_part, references
+from train.data.samples import PreferenceSample, Sample, image_part
 
 TAG = "<image>"
 ROLES = {
@@ -44,7 +44,7 @@ class Conversation:
     def sample(self, source: str) -> Sample:
         """As a supervised sample: what is learnt is the (better) answer."""
         answer = {"role": "assistant", "content": self.answer}
-        return Sample((*self.prompt, answer), references(self.prompt), source, self.answer_cut)
+        return Sample((*self.prompt, answer), image_references(self.prompt), source, self.answer_cut)
 
     def preference(self, source: str) -> PreferenceSample:
         """As a pair. Raises InvalidRequest when the row has one answer only, or the same twice."""
@@ -54,7 +54,7 @@ class Conversation:
             raise InvalidRequest("chosen and rejected are the same")
         return PreferenceSample(
             self.prompt,
-            references(self.prompt),
+            image_references(self.prompt),
             self.answer,
             self.rejected,
             source,

@@ -22,7 +22,6 @@ from noria.records import Completion, Json, Pair
 from noria.rewards import RewardSettings
 from train.data import calibration, snapshot
 from train.data.samples import Sample
-from train.data.sources import ImageLoader
 from train.methods.grpo.sampling.prompts import DEFAULT_COUNT, SourcePrompts, read_prompts
 from train.methods.grpo.sampling.servers import Servers, addresses
 from train.pipeline.context import JobContext
@@ -241,13 +240,12 @@ def train_stage(ctx: JobContext, run: StageRun, parent: Parent, frozen: Mapping[
 def conversations(ctx: JobContext, prompts: Sequence[SourcePrompts]) -> Json:
     """References for calibration and verification: a prompt with its right answer is one that the policy may learn."""
     from train.pipeline.prepare import recent
+    from train.stages.job import spread_rows
 
     counts = (ctx.train.quantize.calibration_samples, ctx.train.verify.samples)
     wanted = sum(counts)
-    known = answered(prompts)
-    step = max(1, len(known) // wanted)
-    rows = [{"row": one.source, "messages": list(one.messages), "cut": False} for one in known[: step * wanted : step]]
-    others = [one for one in recent(ctx, wanted) if one.finished and one.choices]
+    rows = spread_rows(answered(prompts), counts)
+    others, unreadable = calibration.usable(recent(ctx, wanted))
     aside = [calibration.of_completion(one) for one in others if _is_held_out(ctx, one)]
     found = [*rows, *(calibration.of_completion(one) for one in others if not _is_held_out(ctx, one))]
     checked = [*aside, *found[counts[0] :]][: counts[1]]
@@ -256,6 +254,7 @@ def conversations(ctx: JobContext, prompts: Sequence[SourcePrompts]) -> Json:
         "calibration": found[: counts[0]],
         "verification": checked or found[: counts[1]],
         "verified_on_calibration": not checked,
+        "unreadable": unreadable,
     }
 
 
@@ -316,8 +315,7 @@ def _lent(
         yield Means(
             sampler=servers,
             score=lambda applied, processor: _scorer(ctx, rewards, applied, processor),
-            load_image=ImageLoader(ctx.blobs.get),
-            read_blob=ctx.blobs.get,
+            images=ctx.data_images,
             on_step=on_step,
             check=ctx.check,
             on_ready=on_ready,
@@ -336,7 +334,7 @@ def _scorer(ctx: JobContext, rewards: RewardSettings, applied: Applied, processo
         processor=lambda: processor,
         model=lambda: applied.model,
         frozen=applied.reference,
-        load_image=ImageLoader(ctx.blobs.get),
+        load_image=ctx.data_images,
         pairs=pairs,
         folder=ctx.folder / "train",
         check=ctx.check,

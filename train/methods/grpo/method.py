@@ -27,7 +27,8 @@ from noria.errors import SettingsError, TrainingError
 from noria.methods.grpo import GrpoSettings, policy_conflict
 from noria.module_settings import ResolvedPolicy
 from noria.records import Json, Module
-from train.data.samples import LoadImage
+from train.data.sources import ImageLoader
+from train.methods.checkpoints import last_checkpoint, step_of
 from train.methods.delta import save_delta
 from train.methods.grpo.sampling.batches import Batches
 from train.methods.grpo.sampling.feed import SampledFeed
@@ -41,7 +42,7 @@ from train.methods.policies import Applied, Row, apply_policies
 from train.methods.policy_model import Base, load_policy, load_processor, read_architecture, training_dtype
 from train.rewards import Scorer
 from train.stages.spec import LOG, Step, append_step, read_steps, write_steps
-from train.stages.trainer import StageWatch, last_checkpoint
+from train.stages.trainer import StageWatch
 
 CHECKPOINTS, ADAPTER = "checkpoints", "policy"
 
@@ -68,7 +69,7 @@ class GrpoRun:
 
 @dataclass(frozen=True)
 class Means:
-    """What a training is lent: who samples and scores, where pictures are read, and who hears of it.
+    """What a training is lent: who samples and scores, where its prompts' pictures are read, and who hears of it.
 
     `score` gets the model with its policies applied and its processor, for rewards that read them; its scorer is closed
     here. `check` is called between micro-batches and while waiting, and may raise to stop.
@@ -76,8 +77,7 @@ class Means:
 
     sampler: Sampler
     score: Callable[[Applied, Any], Scorer]
-    load_image: LoadImage
-    read_blob: Callable[[str], bytes]
+    images: ImageLoader
     on_step: Callable[[Step], None]
     check: Callable[[], None]
     on_ready: Callable[[Applied], None] = lambda applied: None
@@ -152,7 +152,7 @@ def train_grpo(run: GrpoRun, means: Means) -> GrpoReport:
     policy.delete_left()
     steps: list[Step] = []
     with means.score(applied, processor) as scorer:
-        wire = WirePictures(means.read_blob)
+        wire = WirePictures(means.images.read)
         stream = Stream(run.prompts, grpo.seed)
         image_id = int(model.config.image_token_id)
         batches = Batches(grpo, stream, policy, means.sampler, scorer, wire, patience, image_id)
@@ -238,7 +238,7 @@ def _train(
 
     checkpoints, log = run.folder / CHECKPOINTS, run.folder / LOG
     found = last_checkpoint(checkpoints)
-    done = int(found.name.rpartition("-")[2]) if found is not None else 0
+    done = step_of(found) if found is not None else 0
     steps += [step for step in read_steps(log) if step.step <= done]
     write_steps(log, steps)
 
@@ -250,7 +250,7 @@ def _train(
     watch = StageWatch(record, means.check)
     config = grpo_config(run.grpo, checkpoints, bf16=applied.mixed or autocast)
     image_id = int(applied.model.config.image_token_id)
-    pictures = ModelPictures(processor, means.load_image, image_id)
+    pictures = ModelPictures(processor, means.images, image_id)
     trainer = GroupTrainer(applied, config, run.grpo, feed, pictures, processor, watch, means.check)
     trainer.create_optimizer()
     trainer.train(resume_from_checkpoint=str(found) if found is not None else None)

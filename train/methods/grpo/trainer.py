@@ -25,19 +25,19 @@ from typing import Any, Protocol
 import torch
 import transformers
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from trl import GRPOConfig, GRPOTrainer
 
 from noria.errors import LeaseLost, TrainingError
 from noria.methods.grpo import GrpoSettings
 from noria.records import Json
 from train.heartbeat import SHUTDOWN
+from train.methods.checkpoints import WHOLE, CheckpointedTrainer
 from train.methods.grpo.forward import AnswerForward
 from train.methods.grpo.groups import Group, advantages
 from train.methods.grpo.layout import Layout, Layouts, Row
 from train.methods.grpo.ratios import Distance, weights
 from train.methods.policies import Applied
-from train.stages.trainer import TRAINABLE, WHOLE, StageWatch, non_finite, trainables
+from train.stages.trainer import StageWatch, non_finite
 
 PROGRESS = "grpo.json"  # in a checkpoint, beside what trains
 _BY_TOKENS = ("dapo", "cispo", "vespo")  # losses that TRL divides by the whole batch's tokens
@@ -78,7 +78,7 @@ Pictures = Callable[[Group], dict[str, torch.Tensor]]
 """A prompt's pictures as the model's own processor makes them; empty without any."""
 
 
-class GroupTrainer(GRPOTrainer):
+class GroupTrainer(CheckpointedTrainer, GRPOTrainer):
     """Runs the updates of one training."""
 
     def __init__(
@@ -175,18 +175,18 @@ class GroupTrainer(GRPOTrainer):
             self.watch.measured(sum(int(micro["completion_mask"].sum()) for micro in self._micros), figures)
         super().log(logs, start_time)
 
-    def begin_step(self) -> None:
-        """A new update; see `StageWatch`."""
-
     def save_now(self) -> None:
         """A checkpoint of this very update, unless there is one."""
         done = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / WHOLE
         if self.state.global_step and not done.is_file():
-            self._save_checkpoint(self.model, trial=None)
+            super().save_now()
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted."""
         return 0
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: TRL would write one beside every checkpoint."""
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """The update's micro-batches: new ones, or those of the last update where a batch has several."""
@@ -293,24 +293,11 @@ class GroupTrainer(GRPOTrainer):
         return norm
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(trainables(self.model, state_dict), folder / TRAINABLE, metadata={"format": "pt"})
-        (folder / PROGRESS).write_text(json.dumps(self._feed.progress()) + "\n")
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        transformers.Trainer._save_checkpoint(self, model, trial)  # TRL's would write a model card, too
-        (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or self.args.output_dir) / PROGRESS).write_text(json.dumps(self._feed.progress()) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        kept = load_file(Path(resume_from_checkpoint) / TRAINABLE)
-        held = dict(self._trained)
-        if kept.keys() != held.keys():
-            odd = sorted(kept.keys() ^ held.keys())[0]
-            raise TrainingError(f"the checkpoint {resume_from_checkpoint} is of another training: {odd} is in one only")
-        with torch.no_grad():
-            for name, parameter in held.items():
-                parameter.copy_(kept[name])
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._feed.restore(json.loads((Path(resume_from_checkpoint) / PROGRESS).read_text()))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from noria.errors import TrainingError
-from noria.records import BLOB_SCHEME, Json
+from noria.records import Json
 from noria.rewards import JudgeOptions
 from train.rewards.protocol import Failure, Sample
 
@@ -106,7 +106,7 @@ def _sendable(url: str, load_image: Callable[[str], Image] | None) -> str:
     if load_image is None:
         raise TrainingError("a picture lies in a store that the judge's reward was not given", code="bad_image")
     held = io.BytesIO()
-    load_image(url.removeprefix(BLOB_SCHEME)).save(held, "PNG")
+    load_image(url).save(held, "PNG")
     return f"data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}"
 
 

@@ -21,26 +21,29 @@ from typing import Any
 import torch
 
 from noria.errors import TrainingError
-from noria.records import BLOB_SCHEME, Json, Pair
+from noria.records import Json, Pair, image_references
 from noria.rewards import FeatureState
 from train.data.collate import pad
 from train.data.encode import IGNORED, Encoded, Encoder
-from train.data.samples import LoadImage, references
+from train.data.render import is_readable
+from train.data.samples import LoadImage
 from train.data.samples import Sample as EncodedSample
 from train.rewards.protocol import Failure, Sample
 
 TOO_LONG = Failure("too long")
 NO_TOKENS = Failure("cannot be encoded")
 NOT_FINITE = Failure("not finite")
+UNREADABLE = Failure("unreadable")
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt and one answer to it. `cut`: its limit of tokens ended it."""
+    """A prompt and one answer to it. `cut`: its limit of tokens ended it; `captured`: the prompt is a user's."""
 
     messages: Sequence[Json]
     text: str
     cut: bool = False
+    captured: bool = False
 
     @classmethod
     def of(cls, sample: Sample) -> Answered:
@@ -50,8 +53,8 @@ class Answered:
     @classmethod
     def sides(cls, pair: Pair) -> tuple[Answered, Answered]:
         """The chosen and the rejected answer of a pair."""
-        chosen = cls(pair.messages, pair.chosen, pair.chosen_cut)
-        return chosen, cls(pair.messages, pair.rejected, pair.rejected_cut)
+        chosen = cls(pair.messages, pair.chosen, pair.chosen_cut, captured=True)
+        return chosen, cls(pair.messages, pair.rejected, pair.rejected_cut, captured=True)
 
 
 class FeatureReader:
@@ -76,7 +79,7 @@ class FeatureReader:
         if model.base_model is model:
             raise TrainingError(f"{type(model).__name__} has no body to read features from", code="no_features")
         self._model = model
-        self._encoder = Encoder(processor, lambda one: load_image(one.removeprefix(BLOB_SCHEME)), turns="last")
+        self._encoder = Encoder(processor, load_image, turns="last")
         self._max_length = max_length
         self._batch_size = batch_size
         self.state: FeatureState = state
@@ -102,9 +105,11 @@ class FeatureReader:
         return found
 
     def _encoded(self, one: Answered) -> Encoded | Failure:
+        if one.captured and not is_readable(one.messages):  # what a user named is never fetched
+            return UNREADABLE
         messages = (*one.messages, {"role": "assistant", "content": one.text})
         try:
-            encoded = self._encoder.encode(EncodedSample(messages, references(messages), "sample", one.cut))
+            encoded = self._encoder.encode(EncodedSample(messages, image_references(messages), "sample", one.cut))
         except TrainingError as error:  # a picture that cannot be read, a part that is neither text nor picture
             return Failure(error.code)
         if encoded is None:

@@ -7,33 +7,29 @@ nothing. Must not import `serve`.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image as Pillow
 
-from noria.errors import NoriaError, TrainingError
-from noria.records import BLOB_SCHEME, Json
-from noria.scenes import draw, is_made
+from noria.errors import TrainingError
+from noria.records import PICTURE_PARTS, Json, image_references
+from train.data.formats.pictures import as_data_url
 from train.data.render import ChatRenderer
 from train.data.samples import LoadImage
-from train.data.sources.files import is_url
 from train.methods.grpo.groups import Group
 
 _TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids")
-_SHA256_LETTERS = 64
 _SHOWN = 100
 
 
 class WirePictures:
-    """Turns a prompt's references into `data:` URLs. `read_blob` gives a stored picture's bytes by its SHA-256."""
+    """Turns a prompt's references into `data:` URLs. `read` gives a picture's file (`ImageLoader.read`)."""
 
-    def __init__(self, read_blob: Callable[[str], bytes]) -> None:
-        self._read_blob = read_blob
+    def __init__(self, read: Callable[[str], bytes]) -> None:
+        self._read = read
 
     def __call__(self, messages: Sequence[Json]) -> list[Json]:
         """The messages. Raises TrainingError naming a picture that cannot be read."""
@@ -46,38 +42,21 @@ class WirePictures:
         return {**message, "content": [self._part(part) for part in content]}
 
     def _part(self, part: Json) -> Json:
-        if part.get("type") != "image_url":
+        if not isinstance(part, Mapping) or part.get("type") not in PICTURE_PARTS:
             return part
-        shown = part["image_url"]
-        url = shown["url"] if isinstance(shown, Mapping) else shown
-        return {"type": "image_url", "image_url": {"url": self._url(str(url))}}
+        (reference,) = image_references([{"content": [part]}])
+        return {"type": "image_url", "image_url": {"url": self._url(reference)}}
 
     def _url(self, reference: str) -> str:
         if reference.startswith("data:"):
             return reference
+        data = self._read(reference)
         try:
-            data = self._bytes(reference)
             with Pillow.open(BytesIO(data)) as picture:
                 kind = picture.get_format_mimetype() or "image/png"
-        except Exception as error:  # file systems and decoders raise what their libraries do
-            why = error.message if isinstance(error, NoriaError) else repr(error)
-            raise TrainingError(f"picture {reference[:_SHOWN]} cannot be read: {why}", code="bad_image") from error
-        return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-    def _bytes(self, reference: str) -> bytes:
-        if is_made(reference):
-            sink = BytesIO()
-            draw(reference).save(sink, format="PNG")
-            return sink.getvalue()
-        name = reference.removeprefix(BLOB_SCHEME)
-        if len(name) == _SHA256_LETTERS and name.isalnum():
-            return self._read_blob(name)
-        if is_url(reference):
-            import fsspec
-
-            with fsspec.open(f"simplecache::{reference}", "rb") as stream:
-                return bytes(stream.read())
-        return Path(reference).read_bytes()
+        except OSError as error:
+            raise TrainingError(f"picture {reference[:_SHOWN]} is none: {error!r}", code="bad_image") from error
+        return as_data_url(data, kind)
 
 
 class ModelPictures:

@@ -21,12 +21,13 @@ from typing import Any
 from noria.errors import InvalidRequest, TrainingError
 from noria.evals.readers.jsonl import with_options
 from noria.methods.grpo import CAPTURED, PromptSource
-from noria.records import BadRow, Completion, Json
+from noria.records import BadRow, Completion, Json, image_references
 from noria.scenes import scene_questions
 from noria.scenes.asked import DRAWN_KINDS
 from train.data.formats.pictures import Pictures, Place
 from train.data.formats.turns import plain_text, read_turns
-from train.data.samples import image_part, references
+from train.data.render import is_readable
+from train.data.samples import image_part
 from train.data.sources import files, hub, made
 from train.data.sources.files import RawRow
 from train.methods.grpo.groups import Prompt
@@ -111,7 +112,7 @@ class Stream:
 
 def _read(source: PromptSource, captured: Captured) -> SourcePrompts:
     if source.source == CAPTURED:
-        return SourcePrompts(source, tuple(map(of_completion, captured(source))))
+        return _of_completions(source, captured(source))
     if source.source == "scenes":
         return SourcePrompts(source, tuple(_of_scenes(source)))
     raw = _rows(source)
@@ -126,10 +127,17 @@ def _read(source: PromptSource, captured: Captured) -> SourcePrompts:
     return SourcePrompts(source, tuple(prompts), tuple(bad))
 
 
-def of_completion(one: Completion) -> Prompt:
-    """What was asked; no answer to it is known to be right."""
-    extra = {"prompt_hash": one.prompt_hash}
-    return Prompt(f"{CAPTURED}:{one.id}", one.messages, references(one.messages), extra=extra)
+def _of_completions(source: PromptSource, completions: Iterable[Completion]) -> SourcePrompts:
+    """What was asked; no answer to it is known to be right. What users named and nobody stored is never fetched."""
+    prompts, bad = [], []
+    for one in completions:
+        name = f"{CAPTURED}:{one.id}"
+        if is_readable(one.messages):
+            extra = {"prompt_hash": one.prompt_hash}
+            prompts.append(Prompt(name, one.messages, image_references(one.messages), extra=extra))
+        else:
+            bad.append(BadRow(CAPTURED, len(prompts) + len(bad) + 1, f"{one.id} shows what was not stored"))
+    return SourcePrompts(source, tuple(prompts), tuple(bad))
 
 
 def _of_scenes(source: PromptSource) -> Iterator[Prompt]:
@@ -171,7 +179,7 @@ def _of_row(raw: RawRow) -> Prompt:
     if not any(turn["role"] == "user" for turn in turns):
         raise InvalidRequest("no user's message is in the prompt")
     extra = {key: value for key, value in row.items() if key not in _READ}
-    return Prompt(f"{raw.file}:{raw.line}", tuple(turns), references(turns), tuple(answers), extra)
+    return Prompt(f"{raw.file}:{raw.line}", tuple(turns), image_references(turns), tuple(answers), extra)
 
 
 def _asked(row: Json) -> Any:
