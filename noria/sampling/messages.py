@@ -43,6 +43,8 @@ def as_json(message: Any) -> Json:
 
 
 def _message(message: Json, where: str) -> Any:
+    if not isinstance(message, dict):
+        raise InvalidRequest(f"{where}: a message is an object", param=where)
     content = message.get("content")
     out = inference_pb2.ChatMessage(role=str(message.get("role") or ""))
     unknown = sorted(set(message) - {"role", "content", "name", "tool_call_id", "tool_calls"})
@@ -62,18 +64,20 @@ def _message(message: Json, where: str) -> Any:
 
 
 def _add_part(out: Any, part: Json, where: str) -> None:
-    if part.get("type") == "text":
-        out.text = part["text"]
-    elif part.get("type") == "image_url":
-        url = part["image_url"]["url"]
+    kind = part.get("type") if isinstance(part, dict) else None
+    shown = part.get(kind) if kind in ("text", "image_url") else None
+    if kind == "text" and isinstance(shown, str):
+        out.text = shown
+    elif kind == "image_url" and isinstance(shown, dict) and isinstance(shown.get("url"), str):
+        url = shown["url"]
         if url.startswith("data:"):
             out.image.media_type, out.image.data = _data(url, where)
         else:
             out.image.url = url
-        if part["image_url"].get("detail") is not None:
-            out.image.detail = part["image_url"]["detail"]
+        if shown.get("detail") is not None:
+            out.image.detail = shown["detail"]
     else:
-        raise InvalidRequest(f"{where}: a part is text or image_url, not {part.get('type')!r}", param=where)
+        raise InvalidRequest(f"{where}: a part is text or image_url, with its text or its url", param=where)
 
 
 def _data(url: str, where: str) -> tuple[str, bytes]:

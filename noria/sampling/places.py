@@ -181,7 +181,10 @@ class GrpcPlace:
         told = dict(error.trailing_metadata() or ()).get("noria-error-bin")
         if told is not None:
             return error_of(0, json.loads(told))
-        return Unavailable(f"{self.address} does not answer ({error.code().name}: {error.details()})")
+        code = error.code().name
+        if code == "RESOURCE_EXHAUSTED":  # gRPC's own word for a message over its limit: no other try would help
+            return InvalidRequest(f"{self.address} takes no such message: {error.details()}", param="messages")
+        return Unavailable(f"{self.address} does not answer ({code}: {error.details()})")
 
 
 def _path(name: str) -> str:

@@ -16,12 +16,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from noria.errors import InvalidRequest, NoriaError, NotFound, Superseded, Unavailable, UnsupportedModel
+from noria.errors import Conflict, InvalidRequest, NoriaError, NotFound, Superseded, Unavailable, UnsupportedModel
 from noria.records import Json
 from noria.sampling.places import Place, place_at
 from noria.sampling.records import Drawing, Group, group_of
@@ -30,7 +31,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 GIVE_UP_S = 300.0
 TTL_S = 600.0
 LOOK_S = 0.05
-ADAPTER_GONE = "adapter_not_found"
+ADAPTER_GONE, FULL = "adapter_not_found", "adapters_full"
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,17 @@ class Held:
 
 
 class Member:
-    """One address and how it fares. `asked_again` counts prompts that it took and did not answer."""
+    """One address and how it fares. `asked_again` counts prompts that it took and did not answer.
+
+    `left` are the names of adapters that it could not be told to delete.
+    """
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.failures = 0
         self.asked_again = 0
         self.error: NoriaError | None = None
+        self.left: set[str] = set()
         self.lock = threading.Lock()
         self.putting = threading.Lock()
         self._until = 0.0
@@ -124,8 +129,9 @@ class SamplingPool:
     def put_adapter(self, name: str, folder: Path, version: str, *, ttl_s: float = TTL_S) -> None:
         """Loads peft's adapter at every address.
 
-        `version` is the one it was trained beside. An address that does not answer gets it when it does. Raises what an
-        address refuses it for (Superseded only where all do), Unavailable when none answers.
+        `version` is the one it was trained beside. An address that does not answer, or holds as many adapters as it
+        may, gets it later. Raises what an address refuses it for (Superseded, and Conflict `adapters_full`, only where
+        none takes it), Unavailable when none answers.
         """
         self._adapters[name] = Held(name, folder, version, ttl_s)
         try:
@@ -135,13 +141,16 @@ class SamplingPool:
             raise
         if not [member for member, error in outcomes if error is None]:
             del self._adapters[name]
-            old = [error for _, error in outcomes if isinstance(error, Superseded)]
-            raise old[0] if old else self._nobody()
+            said = [error for _, error in outcomes if isinstance(error, (Superseded, Conflict))]
+            raise said[0] if said else self._nobody()
 
     def delete_adapter(self, name: str) -> None:
-        """Unloads it everywhere; where nobody answers, its lease does."""
+        """Unloads it everywhere; where nobody answers, before the next one is put there, or when its lease ends."""
         self._adapters.pop(name, None)
-        self._everywhere(lambda member: member.place.delete_adapter(name), missing=True)
+        outcomes = self._everywhere(lambda member: member.place.delete_adapter(name), missing=True)
+        for member, error in outcomes:
+            if error is not None:
+                member.left.add(name)
 
     def list_adapters(self) -> list[str]:
         """The names of those that are loaded anywhere, whoever put them. Raises Unavailable when nobody answers."""
@@ -173,6 +182,10 @@ class SamplingPool:
 
     def _put(self, member: Member, name: str) -> None:
         held = self._adapters.get(name)
+        for left in sorted(member.left):
+            with suppress(NotFound):
+                member.place.delete_adapter(left)
+            member.left.discard(left)
         if held is not None:
             member.place.put_adapter(held.name, held.version, held.ttl_s, held.folder)
 
@@ -188,7 +201,7 @@ class SamplingPool:
     def _everywhere(
         self, call: Callable[[Member], object], *, missing: bool = False
     ) -> list[tuple[Member, NoriaError | None]]:
-        """Calls every address at once. Unavailable and Superseded are told, others raised."""
+        """Calls every address at once. What may pass (`_passes`) is told, other errors are raised."""
 
         def one(member: Member) -> tuple[Member, NoriaError | None]:
             try:
@@ -196,7 +209,9 @@ class SamplingPool:
             except NotFound:
                 if not missing:
                     raise
-            except (Unavailable, Superseded) as error:
+            except NoriaError as error:
+                if not _passes(error):
+                    raise
                 member.failed(error)
                 return member, error
             member.worked()
@@ -286,7 +301,9 @@ class _Run:
     def _serve(self, member: Member, prompt: int, messages: Sequence[Json]) -> None:
         try:
             self._hand_over(self._ask(member, prompt, messages))
-        except (Unavailable, Superseded) as error:
+        except NoriaError as error:
+            if not _passes(error):
+                raise
             member.failed(error)
             with self._lock:
                 member.asked_again += 1
@@ -330,3 +347,8 @@ class _Run:
         member.worked()
         self._answered = time.monotonic()
         return group_of(prompt, messages, member.place.address, said)
+
+
+def _passes(error: NoriaError) -> bool:
+    """Whether the address may do the same later, and another one now."""
+    return isinstance(error, (Unavailable, Superseded)) or (isinstance(error, Conflict) and error.code == FULL)

@@ -171,6 +171,34 @@ def test_an_adapter_is_put_everywhere_and_again_where_it_is_missing(places: list
         list(pool.sample(PROMPTS, Drawing(), adapter="step"))  # it is not the pool's any more
 
 
+def test_what_could_not_be_deleted_is_before_the_next_one_is_put(places: list[FakePlace]) -> None:
+    a, b, _ = places
+    pool = pool_of([a, b])
+    pool.put_adapter("step-1", FOLDER, "v1")
+    a.faults["delete"] = Unavailable("a moment")
+    pool.delete_adapter("step-1")
+    assert (a.adapters, b.adapters) == ({"step-1"}, set())
+    pool.put_adapter("step-2", FOLDER, "v1")
+    assert (a.adapters, b.adapters) == ({"step-1"}, {"step-2"})  # a still is not there
+    a.faults.clear()
+    all_at_once([a, b])
+    assert asked(list(pool.sample(PROMPTS, Drawing(), adapter="step-2", version="v1"))) == list(range(8))
+    assert (a.adapters, b.adapters) == ({"step-2"}, {"step-2"})
+
+
+def test_a_place_that_is_full_is_skipped_while_another_is_not(places: list[FakePlace]) -> None:
+    a, b, _ = places
+    full = Conflict("x is loaded", code="adapters_full")
+    a.faults["put"] = full
+    pool = pool_of([a, b])
+    pool.put_adapter("step", FOLDER, "v1")
+    groups = list(pool.sample(PROMPTS, Drawing(), adapter="step", version="v1"))
+    assert asked(groups) == list(range(8)) and {group.address for group in groups} == {"b"}
+    b.faults["put"] = full
+    with pytest.raises(Conflict, match="x is loaded"):
+        pool.put_adapter("next", FOLDER, "v1")
+
+
 def test_another_version_is_an_error_only_where_all_have_it(places: list[FakePlace]) -> None:
     a, b, _ = places
     b.version = "v2"
@@ -265,6 +293,11 @@ def test_a_body_is_the_same_after_the_wire() -> None:
         message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": wrong}}]}
         with pytest.raises(InvalidRequest):
             sample_request({"messages": [message]})
+    for part in ("words", {"type": "text"}, {"type": "image_url", "image_url": "https://x/y.png"}, {"type": "video"}):
+        with pytest.raises(InvalidRequest, match=r"messages\.0\.content\.0: a part is text or image_url"):
+            sample_request({"messages": [{"role": "user", "content": [part]}]})
+    with pytest.raises(InvalidRequest, match=r"messages\.0: a message is an object"):
+        sample_request({"messages": ["hi"]})
     with pytest.raises(InvalidRequest, match="no such field"):
         sample_request({"messages": [{"role": "user", "content": "x", "weight": 1}]})
     with pytest.raises(InvalidRequest):
