@@ -19,7 +19,7 @@ import shutil
 import time
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -224,7 +224,9 @@ class AdapterShelf:
         loaded = LoadedAdapter(number, f"noria-policy/{number}/{name}", place)
         try:
             await self._engine.load(loaded)
-        except BaseException:
+        except BaseException:  # whoever put it may have left, and the engine may have it by now
+            with suppress(Exception):
+                await self._engine.unload(loaded)
             await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
             raise
         adapter = Adapter(name, version, sha256, rank, loaded, ttl_s, self._clock() + ttl_s)

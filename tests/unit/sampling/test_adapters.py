@@ -16,6 +16,7 @@ from serve.engine.versions import ServingVersion, VersionGate
 from serve.sampling.adapters.shelf import AdapterShelf, own_folder
 from serve.sampling.adapters.upload import receive
 from serve.sampling.adapters.validate import CONFIG, WEIGHTS, Linears, check_adapter, linears_of
+from serve.sampling.ports import LoadedAdapter
 from tests.contract.fake_sampling import FakeSamplingEngine
 from tests.unit.sampling.adapters import DOWN, SHAPES, Q, config, factors, pieces, upload, write_serving
 
@@ -154,6 +155,25 @@ async def test_a_refused_upload_leaves_nothing(tmp_path: Path) -> None:
     assert one.files() == [] and one.engine.names == []
     adapter, _ = await one.shelf.put("a", "v1", pieces(upload()), 10.0)  # the name is still free
     assert adapter.name == "a"
+
+
+async def test_who_leaves_while_it_is_loaded_leaves_nothing(tmp_path: Path) -> None:
+    """The engine may have it by then."""
+    one = Shelf(tmp_path)
+    load, waits = one.engine.load, asyncio.Event()
+
+    async def slow(adapter: LoadedAdapter) -> None:
+        await load(adapter)
+        waits.set()
+        await asyncio.Event().wait()
+
+    one.engine.load = slow  # type: ignore[method-assign]
+    putting = asyncio.create_task(one.shelf.put("a", "v1", pieces(upload()), 10.0))
+    await waits.wait()
+    putting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await putting
+    assert (one.engine.loaded, one.files(), one.shelf.held()) == ({}, [], [])
 
 
 async def test_one_adapter_at_a_time_where_there_is_room_for_one(tmp_path: Path) -> None:
