@@ -48,6 +48,7 @@ class Turns:
         self._quiet_s = quiet_s
         self._users = 0
         self._busy = False
+        self._timer: asyncio.TimerHandle | None = None
         self._running: list[Turn] = []
         self._waiting: deque[asyncio.Future[Turn]] = deque()
 
@@ -64,13 +65,16 @@ class Turns:
     def users(self, inside: int) -> None:
         """Takes note of how many users' requests are inside; see `VersionGate.on_users`."""
         self._users = inside
+        if self._timer is not None:
+            self._timer.cancel()  # they are back: how long they are gone counts from when the last one leaves
+            self._timer = None
         if inside:
             self._busy = True
             for turn in [one for one in self._running if not one.stopped][self.beside_users :]:
                 self.set_back += 1
                 turn.stop()
         elif self._busy:
-            asyncio.get_running_loop().call_later(self._quiet_s, self._quiet)
+            self._timer = asyncio.get_running_loop().call_later(self._quiet_s, self._quiet)
 
     @asynccontextmanager
     async def turn(self, *, again: bool = False) -> AsyncIterator[Turn]:
@@ -111,6 +115,5 @@ class Turns:
         self._admit()
 
     def _quiet(self) -> None:
-        if not self._users:
-            self._busy = False
-            self._admit()
+        self._busy = False
+        self._admit()

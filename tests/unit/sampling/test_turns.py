@@ -71,6 +71,25 @@ async def test_users_stop_the_newest_and_who_was_stopped_goes_first_again() -> N
     await asyncio.gather(a.task, d.task, back.task)
 
 
+async def test_how_long_users_are_gone_counts_from_the_last_one() -> None:
+    turns = Turns(3, 0, quiet_s=0.01)
+    log: list[str] = []
+    turns.users(1)
+    one = Holder("a", turns, log)
+    turns.users(0)
+    first = turns._timer
+    turns.users(1)
+    turns.users(0)
+    last = turns._timer
+    assert first is not None and first.cancelled()
+    assert last is not None and not last.cancelled()
+    while not log:
+        await asyncio.sleep(0.01)
+    assert log == ["a in"]
+    one.over.set()
+    await one.task
+
+
 async def test_beside_users_one_follows_the_other() -> None:
     turns = Turns(3, 1)
     log: list[str] = []
