@@ -249,6 +249,10 @@ def test_pictures_travel_as_the_bytes_that_they_are(tmp_path: Path) -> None:
     assert found[0] == found[1] == f"data:image/png;base64,{base64.b64encode(blob).decode()}"
     assert found[2] == "data:image/png;base64,xyz"
     assert found[3].startswith("data:image/png;base64,iVBOR")
+    odd = [{"type": "input_image", "image_url": urls[1]}, {"type": "input_text", "text": "what"}, "is it"]
+    (told,) = wire([{"role": "user", "content": odd}])
+    assert told["content"][0] == {"type": "image_url", "image_url": {"url": found[1]}}
+    assert told["content"][1:] == [{"type": "text", "text": "what"}, {"type": "text", "text": "is it"}]
 
 
 def test_advantages_are_differences_from_the_groups_mean() -> None:

@@ -7,7 +7,7 @@ nothing. Must not import `serve`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -41,8 +41,12 @@ class WirePictures:
             return message
         return {**message, "content": [self._part(part) for part in content]}
 
-    def _part(self, part: Json) -> Json:
-        if not isinstance(part, Mapping) or part.get("type") not in PICTURE_PARTS:
+    def _part(self, part: Json | str) -> Json:
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        if part.get("type") == "input_text":
+            return {"type": "text", "text": part["text"]}
+        if part.get("type") not in PICTURE_PARTS:
             return part
         (reference,) = image_references([{"content": [part]}])
         return {"type": "image_url", "image_url": {"url": self._url(reference)}}

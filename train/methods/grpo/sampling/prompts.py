@@ -129,7 +129,8 @@ def _read(source: PromptSource, captured: Captured) -> SourcePrompts:
 
 def _of_completions(source: PromptSource, completions: Iterable[Completion]) -> SourcePrompts:
     """What was asked; no answer to it is known to be right. What users named and nobody stored is never fetched."""
-    prompts, bad = [], []
+    prompts: list[Prompt] = []
+    bad: list[BadRow] = []
     for one in completions:
         name = f"{CAPTURED}:{one.id}"
         if is_readable(one.messages):
