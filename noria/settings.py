@@ -174,7 +174,8 @@ class PolicySettings(Section):
     window: str | None = None
     """Cron expression (UTC); an automatic job starts only in a minute that it matches. None is any time."""
     method: Literal["dpo", "grpo"] = "dpo"
-    """Method of an automatic job."""
+    """Method of an automatic job. `grpo` uses no preference up: from `min_preferences` on, each `min_interval_s` starts
+    another."""
     rollout: Literal["none", "direct"] = "direct"
     """What follows a verified version."""
 
@@ -230,6 +231,15 @@ class TrainSettings(Section):
             raise ValueError(
                 f"{said or 'train.modules.language_model.policy=' + repr('full')} contradicts train.base="
                 f"{self.base!r}: 4-bit weights cannot be trained in full; use a LoRA, or train.base='master'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _automatic_jobs_have_a_reward(self) -> Self:
+        if self.policy.automatic and self.policy.method == "grpo" and not self.reward.rewards:
+            raise ValueError(
+                'train.policy.method="grpo" contradicts train.reward.rewards, which is empty: every automatic job '
+                "would fail; name a reward, or say train.policy.automatic=false"
             )
         return self
 
