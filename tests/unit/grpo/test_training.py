@@ -228,8 +228,8 @@ def test_rewards_that_tell_nothing_apart_end_with_words(trained: Trained, tmp_pa
     "modules", [{"aligner": "full"}, {"language_model": {"dropout": 0.1}}, {"only": "language_model"}]
 )
 def test_what_no_adapter_can_hold_is_refused(trained: Trained, tmp_path: Path, modules: dict[str, Any]) -> None:
-    only = modules.pop("only", None)
-    asked = ModulePolicies.model_validate(modules).resolved(only=only)
+    stated = {key: value for key, value in modules.items() if key != "only"}
+    asked = ModulePolicies.model_validate(stated).resolved(only=modules.get("only"))
     with pytest.raises(SettingsError, match=r"train\.modules\.\w+\.(policy|dropout)=.* contradicts GRPO"):
         run(trained[0], TinySampler(trained[0]), tmp_path, settings(), policies=asked)
 
