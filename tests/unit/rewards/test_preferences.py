@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from noria.errors import IntegrityError, LeaseLost, NotFound, TrainingError
 from noria.evals.scores import wilson
@@ -17,7 +18,7 @@ from noria.records import BLOB_SCHEME, image_references
 from noria.rewards import PreferencesOptions
 from tests.tiny import build_tiny_vlm
 from tests.tiny_families import FAMILIES, build_tiny_family
-from tests.unit.data.conversations import load_image
+from tests.unit.data import conversations
 from tests.unit.rewards.judged import pairs, question
 from train.data.samples import image_part
 from train.methods.policies import apply_policies
@@ -31,6 +32,11 @@ from train.rewards.preferences.reward import PreferenceReward
 
 OPTIONS = PreferencesOptions(min_accuracy=0.9, held_out=0.4)
 GOOD, BAD = "a red square", "a blue square"
+
+
+def load_image(reference: str) -> Image.Image:
+    """A stored picture is as one by its colour."""
+    return conversations.load_image(reference.removeprefix(BLOB_SCHEME))
 
 
 def model_of(folder: Path) -> Any:
