@@ -87,6 +87,12 @@ class LeaseLost(NoriaError):
     code = "lease_lost"
 
 
+class Superseded(NoriaError):
+    """The request is about a version that is no longer the one that serves, or stopped being it meanwhile."""
+
+    code = "version_changed"
+
+
 @dataclass(frozen=True)
 class Wire:
     """How one error class looks on HTTP (status, OpenAI `type`), on gRPC (status name) and in a shell (exit)."""
@@ -108,6 +114,7 @@ WIRE: dict[type[NoriaError], Wire] = {
     Unauthenticated: Wire(401, "authentication_error", "UNAUTHENTICATED", 3),
     Unavailable: Wire(503, "service_unavailable_error", "UNAVAILABLE", 7),
     LeaseLost: Wire(409, "conflict_error", "ABORTED", 5),
+    Superseded: Wire(409, "conflict_error", "ABORTED", 5),
     NoriaError: Wire(500, "server_error", "INTERNAL", 1),
 }
 

@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from noria.errors import SettingsError
+from noria.methods.grpo import GrpoSettings
 from noria.methods.preferences import (
     CpoSettings,
     DpoSettings,
@@ -29,9 +30,10 @@ from noria.methods.preferences import (
     OrpoSettings,
     SimpoSettings,
 )
-from noria.methods.table import JobMethod
+from noria.methods.table import METHODS, JobMethod
 from noria.module_settings import ModulePolicies, ResolvedPolicy, Section
 from noria.records import Module
+from noria.rewards import RewardSettings
 
 
 class ServerSettings(Section):
@@ -73,8 +75,23 @@ class EngineSettings(Section):
     train.verify.probe_tolerance to 0.5 with it."""
     fast_start: bool = True
     """Start the engine from a fork server that has vLLM preloaded, its worker inside the engine process."""
+    policy_adapters: int = Field(0, ge=0)
+    """LoRAs that a trainer may have loaded beside the live version, to sample from; 0 is none. The base then answers
+    users at some 0.8 of its speed, loaded or not."""
+    policy_rank: Literal[8, 16, 32, 64, 128, 256] = 16
+    """Highest rank of such a LoRA."""
     args: tuple[str, ...] = ()
     """More of vLLM's own command-line arguments, as they are: `["--enable-lora"]`."""
+
+
+class SamplingSettings(Section):
+    """Sampling for trainers and operators, beside the users' traffic and below it."""
+
+    sequences: int | None = Field(None, ge=1)
+    """Samples in the engine at once while no user's request is; none is every sequence that the engine runs."""
+    beside_users: int | None = Field(None, ge=0)
+    """The same while users' requests are inside; the others are set back and go on later. None is 1 on a CPU and a
+    quarter of the sequences on a GPU; with 0 sampling stands still for as long as anybody is answered."""
 
 
 class CaptureSettings(Section):
@@ -137,7 +154,8 @@ class PolicySettings(Section):
     window: str | None = None
     """Cron expression (UTC); an automatic job starts only in a minute that it matches. None is any time."""
     method: JobMethod = "dpo"
-    """Method of an automatic job."""
+    """Method of an automatic job. `grpo` uses no preference up: from `min_preferences` on, each `min_interval_s` starts
+    another."""
     rollout: Literal["none", "direct"] = "direct"
     """What follows a verified version."""
 
@@ -158,6 +176,8 @@ class TrainSettings(Section):
     cpo: CpoSettings = CpoSettings()
     kto: KtoSettings = KtoSettings()
     mpo: MpoSettings = MpoSettings()
+    grpo: GrpoSettings = GrpoSettings()
+    reward: RewardSettings = RewardSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     verify: VerifySettings = VerifySettings()
     held_out: float = Field(0.1, ge=0, lt=0.9)
@@ -200,6 +220,15 @@ class TrainSettings(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _automatic_jobs_have_a_reward(self) -> Self:
+        if self.policy.automatic and "reward" in METHODS[self.policy.method].sections and not self.reward.rewards:
+            raise ValueError(
+                f"train.policy.method={self.policy.method!r} contradicts train.reward.rewards, which is empty: every "
+                "automatic job would fail; name a reward, or say train.policy.automatic=false"
+            )
+        return self
+
     def policies(self) -> dict[Module, ResolvedPolicy]:
         """Who trains in a preference job, every value filled in. Raises ValueError for a contradiction."""
         return self.modules.resolved(only=self.only)
@@ -238,6 +267,7 @@ class Settings(BaseSettings):
     """NORIA_URL: where commands find the server."""
     server: ServerSettings = ServerSettings()
     engine: EngineSettings = EngineSettings()
+    sampling: SamplingSettings = SamplingSettings()
     capture: CaptureSettings = CaptureSettings()
     store: StoreSettings = StoreSettings()
     train: TrainSettings = TrainSettings()

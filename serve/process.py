@@ -39,6 +39,8 @@ from serve.engine.middleware import KeyMiddleware, TraceMiddleware
 from serve.engine.versions import VersionGate
 from serve.live import choose_version
 from serve.release.releaser import Releaser
+from serve.sampling.http import build_sampling_router
+from serve.sampling.start import sampling_over
 
 logger = logging.getLogger("noria.server")
 BEAT_S = 2.0
@@ -61,17 +63,20 @@ async def run(settings: Settings, model: str | None = None) -> int:
         args = parse_flags(engine_flags(settings, gate.current.path, gate.current.id))
         engine = await stack.enter_async_context(running_engine(args, settings))
         app = await build_application(engine, args, gate, capture, settings)
+        sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings))
         handlers = Handlers(store=store, registry=registry, blobs=blobs, gate=gate, capture=capture, settings=settings)
         app.add_exception_handler(NoriaError, answer_error)
         app.include_router(build_stored_router(store, blobs, capture))
+        app.include_router(build_sampling_router(sampling, handlers.api_key))
         app.include_router(build_router(handlers))
         server = settings.server
         chat = VllmChatBackend(app.state, gate)
-        grpc_server, grpc_port = await build_server(handlers, chat, host=server.host, port=server.grpc_port)
+        grpc_server, grpc_port = await build_server(handlers, chat, sampling, host=server.host, port=server.grpc_port)
         doors = Doors(wrapped(app, gate, settings), app.state, sock, grpc_server, server.shutdown_s)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
-        releaser = Releaser(engine, gate, store, registry, settings)
+        stack.push_async_callback(sampling.close)  # before the doors: a group would hold them open
+        releaser = Releaser(engine, gate, store, registry, settings, before_swap=sampling.forget_adapters)
         await stack.enter_async_context(background(releaser.run(), "release", before_end=_opened(gate, settings)))
         await doors.open()
         info = {
@@ -220,8 +225,14 @@ def answer_error(_request: Any, error: NoriaError) -> Any:
 def wrapped(app: Any, gate: VersionGate, settings: Settings) -> Any:
     """The application behind its traces, and behind the bearer key where the settings have one."""
     traced: Any = TraceMiddleware(app, gate)
+    key = key_of(settings)
+    return KeyMiddleware(traced, key) if key else traced
+
+
+def key_of(settings: Settings) -> str | None:
+    """The bearer key that callers must show, or None."""
     key = settings.server.api_key
-    return KeyMiddleware(traced, key.get_secret_value()) if key else traced
+    return key.get_secret_value() if key else None
 
 
 def reachable(host: str) -> str:

@@ -1,4 +1,5 @@
-"""`python -m train`: the trainer daemon; `... run RECIPE`: one recipe, here and now; `... model ...`: models are added.
+"""`python -m train`: the trainer daemon; `... run RECIPE`: one recipe, here and now; `... model ...`: models are added;
+`... rewards`: samples are scored.
 
 Comes in: the settings tree and arguments. Goes out: an exit code. Niceness and thread counts are set here, before
 anything imports torch, because OpenMP reads them once. Must not import torch, nor anything that does, at the top.
@@ -16,6 +17,7 @@ from noria.settings import Settings, load_settings
 USAGE = """usage: python -m train            run the trainer daemon
        python -m train run ...    train by a recipe
        python -m train model ...  add a model
+       python -m train rewards .. score samples
 """
 
 
@@ -42,7 +44,7 @@ def prepare_process(settings: Settings) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; errors made on purpose end in one line and their exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] not in ("model", "run"):
+    if arguments and arguments[0] not in ("model", "rewards", "run"):
         sys.stderr.write(USAGE)
         return 0 if arguments[0] in ("-h", "--help") else 2
     try:
@@ -53,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             os.nice(settings.train.nice)
             return run_main(settings, arguments[1:])
+        if arguments[:1] == ["rewards"]:
+            from train.rewards.cli import main as rewards_main
+
+            return rewards_main(settings, arguments[1:])
         if arguments:
             from train.models.cli import main as model_main
 

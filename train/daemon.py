@@ -19,7 +19,7 @@ from types import FrameType
 
 from noria.blobs import Blobs
 from noria.errors import NoriaError, SettingsError
-from noria.methods.table import reads_of
+from noria.methods.table import started_by
 from noria.recipes import Recipe, parse_recipe
 from noria.records import Job, Json
 from noria.registry import Registry
@@ -104,7 +104,7 @@ class Trainer:
         automatic = [job.created_at for job in self.store.list_jobs(200) if job.reason in AUTOMATIC]
         return Facts(
             now=time.time(),
-            unused=(self.store.thumb_counts() if self._reads_thumbs else self.store.preference_counts())["unused"],
+            unused=(self.store.thumb_counts() if self._counts_thumbs else self.store.preference_counts())["unused"],
             live=self.registry.live(),
             busy=running[0].id if running else None,
             last_automatic_at=max(automatic, default=None),
@@ -117,7 +117,7 @@ class Trainer:
         """
         if self._made is None or self._made[0] != unused:
             held_out, one_sided = self.settings.train.held_out, False
-            if self._reads_thumbs:
+            if self._counts_thumbs:
                 thumbs = select_thumbs(self.store.training_thumbs(exclude_used=True), held_out=held_out).train
                 count, one_sided = len(thumbs), len({thumb.up for thumb in thumbs}) < 2
             else:
@@ -126,8 +126,8 @@ class Trainer:
         return self._made[1:]
 
     @property
-    def _reads_thumbs(self) -> bool:
-        return reads_of(self.settings.train.policy.method) == "thumbs"
+    def _counts_thumbs(self) -> bool:
+        return started_by(self.settings.train.policy.method) == "thumbs"
 
     def work(self, job: Job) -> str:
         """Runs a job that this trainer owns to its end, and returns how it went."""

@@ -12,7 +12,7 @@ from typing import Literal
 from croniter import croniter
 
 from noria.errors import SettingsError
-from noria.methods.table import reads_of
+from noria.methods.table import started_by
 from noria.settings import TrainSettings
 
 
@@ -20,7 +20,7 @@ from noria.settings import TrainSettings
 class Facts:
     """What is so now. Times are epoch seconds.
 
-    `unused` counts judgements of the kind that the policy's method reads, that could train and that no job has used;
+    `unused` counts judgements of the kind that starts the policy's method, that could train and that no job has used;
     `pairs` how many training pairs (or answers) the snapshot's rule makes of them, None while nobody has counted.
     `one_sided`: all of these have the same thumb. `busy` is a job that is queued or running.
     """
@@ -78,9 +78,9 @@ def _not_possible(train: TrainSettings, facts: Facts) -> str | None:
 def _too_few(train: TrainSettings, facts: Facts) -> str | None:
     needed = train.policy.min_preferences
     if facts.unused < needed:
-        return f"{facts.unused} of {needed} unused {_read(train)}"
+        return f"{facts.unused} of {needed} unused {started_by(train.policy.method)}"
     if facts.pairs is not None and facts.pairs < train.min_pairs:
-        made = "training pairs" if _read(train) == "preferences" else "training answers"
+        made = "training pairs" if started_by(train.policy.method) == "preferences" else "training answers"
         return (
             f"{_unused(train, facts)} make {facts.pairs} {made}, {train.min_pairs} are needed "
             "(train.min_pairs); the others are duplicate, contradictory, unusable or held out"
@@ -99,12 +99,8 @@ def _too_soon(train: TrainSettings, facts: Facts) -> str | None:
     return f"{_unused(train, facts)}, next automatic start in {_span(wait_s)} (train.policy.min_interval_s)"
 
 
-def _read(train: TrainSettings) -> str:
-    return reads_of(train.policy.method) or "preferences"
-
-
 def _unused(train: TrainSettings, facts: Facts) -> str:
-    return f"{facts.unused} unused {_read(train)}"
+    return f"{facts.unused} unused {started_by(train.policy.method)}"
 
 
 def _outside(window: str | None, now: float) -> str | None:

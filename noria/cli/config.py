@@ -6,6 +6,7 @@ Comes in: `noria.toml`, environment. Goes out: TOML or JSON, secrets masked.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import typer
 
 from noria.cli.context import AsJson, place, print_json
 
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
 group = typer.Typer(no_args_is_help=True, help="Settings.", epilog="Example: noria config show")
 
 
@@ -37,9 +39,22 @@ def _toml(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
     lines = []
     for key, value in tree.items():
         if not isinstance(value, Mapping):
-            # JSON's numbers, booleans, strings and arrays of those are TOML's too
-            lines.append(f"# {key} is not set" if value is None else f"{key} = {json.dumps(value, ensure_ascii=False)}")
+            lines.append(f"# {key} is not set" if value is None else f"{key} = {_value(value)}")
     for key, value in tree.items():
         if isinstance(value, Mapping):
             lines += ["", f"[{prefix}{key}]", *_toml(value, f"{prefix}{key}.")]
     return lines
+
+
+def _value(value: Any) -> str:
+    """One value on one line. JSON's numbers, booleans and strings are TOML's too; a table inside a list is inline."""
+    if isinstance(value, Mapping):
+        told = ", ".join(f"{_key(key)} = {_value(one)}" for key, one in value.items() if one is not None)
+        return f"{{{told}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _key(key: str) -> str:
+    return key if _BARE.fullmatch(key) else json.dumps(key, ensure_ascii=False)

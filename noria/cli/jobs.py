@@ -29,7 +29,10 @@ def retrain(
     ctx: typer.Context,
     method: Annotated[
         str | None,
-        typer.Option(help="dpo, simpo, orpo, cpo, kto or mpo (docs/methods.md). Default: train.policy.method."),
+        typer.Option(
+            help="dpo, simpo, orpo, cpo, kto, mpo (docs/methods.md) or grpo (docs/grpo.md). "
+            "Default: train.policy.method."
+        ),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
     settings: Annotated[
@@ -38,7 +41,7 @@ def retrain(
     rollout: Annotated[str | None, typer.Option(help="none or direct. Default: train.policy.rollout.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Trains a new version from the preferences (kto: from the thumbs), now."""
+    """Trains a new version from the preferences (kto: from the thumbs; grpo: from rewarded samples), now."""
     with place(ctx).client() as client:
         job = client.create_job(method=method, settings=nested(settings or []), rollout=rollout)
         if wait:

@@ -20,6 +20,7 @@ from noria.cli.context import Place, say
 from noria.cli.doctor import command as doctor
 from noria.cli.eval import command as eval_
 from noria.cli.prefs import command as prefs
+from noria.cli.sample import command as sample
 from noria.cli.train import command as train
 from noria.cli.up import command as up
 from noria.errors import NoriaError, wire_of
@@ -43,6 +44,7 @@ app.add_typer(jobs.app)
 app.add_typer(jobs.group, name="jobs")
 app.add_typer(prefs.group, name="prefs")
 app.add_typer(eval_.app)
+app.add_typer(sample.app)
 app.add_typer(models.group, name="model")
 app.add_typer(config.group, name="config")
 app.add_typer(doctor.app)

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from noria.cli.context import AsJson, place, print_fields, print_json, short, when
-from noria.methods.table import reads_of
+from noria.methods.table import started_by
 from noria.records import Json
 
 app = typer.Typer()
@@ -93,8 +93,8 @@ def _snapshot(counts: dict[str, int], job: Json) -> str:
 
 
 def _judgements(told: Json) -> dict[str, str]:
-    """Preferences and thumbs in words; those that the method of an automatic job reads start one."""
-    starting = reads_of(told.get("method", "dpo"))
+    """Preferences and thumbs in words, and which of them start an automatic job of its method."""
+    starting = started_by(told.get("method", "dpo"))
     found = {name: told[name] for name in ("preferences", "thumbs") if name in told}
     return {
         name: f"{counts['unused']} unused of {counts['total']}"

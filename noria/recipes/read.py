@@ -9,14 +9,16 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from noria.errors import NotFound, SettingsError
+from noria.methods.grpo import CAPTURED, PromptSource
 from noria.recipes.schema import DataSource, Recipe
 
-BUILT_IN = ("scenes", "digits", "photos", "text")  # sources that Noria draws or carries: never a path
+BUILT_IN = ("scenes", "digits", "photos", "text", CAPTURED)  # sources that Noria draws, carries or keeps: never a path
+Source = TypeVar("Source", DataSource, PromptSource)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -28,8 +30,15 @@ def load_recipe(path: Path) -> Recipe:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"{path}: not TOML: {error}", param="recipe") from error
     recipe = parse_recipe(tree, where=str(path))
+    beside = path.resolve().parent
     stages = tuple(
-        stage.model_copy(update={"data": tuple(_found(one, path.resolve().parent) for one in stage.data)})
+        stage.model_copy(
+            update={
+                "data": tuple(_found(one, beside) for one in stage.data),
+                "grpo": stage.grpo
+                and stage.grpo.model_copy(update={"prompts": tuple(_found(one, beside) for one in stage.grpo.prompts)}),
+            }
+        )
         for stage in recipe.stages
     )
     return recipe.model_copy(update={"stages": stages})
@@ -60,7 +69,7 @@ def _key(tree: Any, loc: tuple[int | str, ...]) -> str:
     return ".".join(words) or "recipe"
 
 
-def _found(one: DataSource, beside: Path) -> DataSource:
+def _found(one: Source, beside: Path) -> Source:
     if one.source in BUILT_IN or "://" in one.source or Path(one.source).is_absolute():
         return one
     for folder in (beside, Path.cwd()):

@@ -11,6 +11,7 @@ Must not import torch.
 | dpo, simpo, orpo, cpo, mpo | language model LoRA | preferences | the method's (docs/methods.md) |
 | kto | language model LoRA | answers with a verdict, or preferences | Kahneman-Tversky optimisation |
 | finetune | everything full at 1e-6 | conversations | next token, answers only |
+| grpo | language model LoRA | prompts (`grpo.prompts`) | group relative policy optimisation |
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from noria.methods.grpo import GrpoSettings, policy_conflict
 from noria.methods.preferences import CpoLoss, DpoLoss, KtoLoss, MpoLoss, OrpoLoss, PreferenceLoss, SimpoLoss
-from noria.methods.table import PREFERENCE_KINDS, PreferenceMethod
+from noria.methods.table import METHODS, PREFERENCE_KINDS, JobMethod, Reads
 from noria.module_settings import PREFERENCE, ModulePolicies, Policy, PolicyDefaults, ResolvedPolicy, Section
 from noria.records import MODULES, Module
+from noria.rewards import RewardSettings
 from noria.settings import QuantizeSettings, VerifySettings
 
-StageKind = Literal["vision", "align", "sft", "finetune", PreferenceMethod]
+StageKind = Literal["vision", "align", "sft", "finetune", JobMethod]
 DataFormat = Literal["auto", "noria", "openai", "ms-swift", "llama-factory", "trl", "llava", "image-text", "labels"]
 
 DECAY = 0.2  # the end of a `constant-linear` schedule: Hägele et al. 2024, https://arxiv.org/abs/2405.18392
@@ -43,6 +46,7 @@ KIND_DEFAULTS: dict[StageKind, PolicyDefaults] = {
     "sft": _defaults(("frozen", "full", "lora")),
     "finetune": _defaults(("full", "full", "full"), vision_tower=1e-6, aligner=1e-6, language_model=1e-6),
     **dict.fromkeys(PREFERENCE_KINDS, PREFERENCE),
+    "grpo": PREFERENCE,
 }
 
 
@@ -72,7 +76,7 @@ class RecipeStage(Section):
     """Its name in folders, logs and manifest: lower case, digits and dashes."""
     kind: StageKind
     """What is learnt, from which data, with which loss."""
-    data: tuple[DataSource, ...]
+    data: tuple[DataSource, ...] = ()
     """Sources, mixed by weight."""
     modules: ModulePolicies = ModulePolicies()
     """Policy of each module; what is not said is the kind's default."""
@@ -125,9 +129,16 @@ class RecipeStage(Section):
     """Rate of the heads that a `vision` stage throws away afterwards; none is 1e-3."""
     seed: int = 0
     """Seed of data order, heads and adapters."""
+    grpo: GrpoSettings | None = None
+    """Everything of a `grpo` stage: as train.grpo, of which it takes `servers` and `wait_s` where it says none."""
+    reward: RewardSettings | None = None
+    """What answers are worth in a `grpo` stage; none is train.reward."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.kind == "grpo":
+            self._require_grpo_alone()
+            return self
         if not self.data:
             raise ValueError("data is empty: name at least one source")
         if (self.steps is None) == (self.epochs is None):
@@ -153,6 +164,13 @@ class RecipeStage(Section):
             told = "micro_batch_size=1" if self.micro_batch_size == 1 else f"batch_size={self.batch_size}"
             raise ValueError(f"{told} contradicts kind='kto': its KL is over the answers of a forward, 2 at least")
 
+    def _require_grpo_alone(self) -> None:
+        own = ("name", "kind", "modules", "only", *METHODS[self.kind].sections)
+        for key, value in self:
+            if key not in own and value != type(self).model_fields[key].default:
+                told = f"{key}={value!r} would be ignored: a stage of kind='grpo' is told by its table `grpo`"
+                raise ValueError(told + (" (`grpo.prompts`)" if key == "data" else ""))
+
     def _require_rates_in_order(self) -> None:
         if self.schedule != "constant-linear":
             if self.decay_ratio is not None:
@@ -173,6 +191,8 @@ class RecipeStage(Section):
         if not any(policies[module].trains for module in needed):
             told = " or ".join(f"modules.{module}" for module in needed)
             raise ValueError(f"nothing would train that kind={self.kind!r} is for: {told} must be full or lora")
+        if self.kind == "grpo" and (because := policy_conflict(policies, under="")):
+            raise ValueError(because)
         return self
 
     @property
@@ -248,11 +268,16 @@ _LOSSES: dict[str, type[PreferenceLoss]] = {
 }
 
 
-def _but(method: PreferenceMethod) -> tuple[StageKind, ...]:
+def _but(method: str) -> tuple[StageKind, ...]:
     """Every kind of stage but that of this method."""
     return tuple(kind for kind in KIND_DEFAULTS if kind != method)
 
 
+_LACKS: dict[Reads, str] = {
+    "preferences": "has another loss",
+    "thumbs": "has another loss",
+    "prompts": "samples nothing",
+}
 _IGNORED: tuple[tuple[str, tuple[StageKind, ...], str], ...] = (
     ("packing", ("vision", *PREFERENCE_KINDS), "reads no conversations"),
     ("group_by_length", ("vision", *PREFERENCE_KINDS), "reads no conversations"),
@@ -260,7 +285,7 @@ _IGNORED: tuple[tuple[str, tuple[StageKind, ...], str], ...] = (
     ("beta", tuple(kind for kind in PREFERENCE_KINDS if kind != "dpo"), "has a table of its own for it; say it there"),
     ("head_learning_rate", (*PREFERENCE_KINDS, *_CONVERSATIONS), "has no heads"),
     ("precision", PREFERENCE_KINDS, "computes in the machine's own"),
-    *((method, _but(method), "has another loss") for method in PREFERENCE_KINDS),
+    *((section, _but(method), _LACKS[row.reads]) for method, row in METHODS.items() for section in row.sections),
 )
 _UNREACHED: dict[StageKind, tuple[Module, ...]] = {
     "vision": ("aligner", "language_model"),
@@ -268,10 +293,12 @@ _UNREACHED: dict[StageKind, tuple[Module, ...]] = {
     "sft": (),
     "finetune": (),
     **dict.fromkeys(PREFERENCE_KINDS, ("vision_tower",)),
+    "grpo": ("vision_tower", "aligner"),
 }
 _WHY: dict[StageKind, str] = {
     "vision": "its heads read the tower alone, so this module must be frozen",
     **dict.fromkeys(PREFERENCE_KINDS, "preference methods freeze the tower"),
+    "grpo": "the engine samples from an adapter of the language model",
 }
 _MUST_TRAIN: dict[StageKind, tuple[Module, ...]] = {
     "vision": ("vision_tower",),
@@ -279,4 +306,5 @@ _MUST_TRAIN: dict[StageKind, tuple[Module, ...]] = {
     "sft": ("aligner", "language_model", "vision_tower"),
     "finetune": MODULES,
     **dict.fromkeys(PREFERENCE_KINDS, ("language_model", "aligner")),
+    "grpo": ("language_model",),
 }

@@ -8,7 +8,7 @@ Must not import Pillow or numpy.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from noria.scenes import handwriting
@@ -26,7 +26,9 @@ _DRAWN = {
     questions.LEFT_RIGHT: "two",
     questions.DIGIT: "digit",
 }
-KINDS = (*_DRAWN, HANDWRITING)
+DRAWN_KINDS = tuple(_DRAWN)
+"""The kinds of questions about drawn scenes, in order."""
+KINDS = (*DRAWN_KINDS, HANDWRITING)
 """The kinds of held-out questions, in order."""
 
 
@@ -45,9 +47,10 @@ def held_out_questions(each: int = 200) -> list[PictureQuestion]:
     return scene_questions(HELD_OUT, SEED, each) + [_written(index) for index in range(each)]
 
 
-def scene_questions(split: str, seed: int, each: int) -> list[PictureQuestion]:
+def scene_questions(split: str, seed: int, each: int, kinds: Collection[str] = DRAWN_KINDS) -> list[PictureQuestion]:
     """`each` questions of every kind about drawn scenes of a split; kinds have seeds of their own, from `seed` on."""
-    return [one for number, kind in enumerate(_DRAWN) for one in _some(kind, each, split, seed + number)]
+    wanted = [(seed + number, kind) for number, kind in enumerate(DRAWN_KINDS) if kind in kinds]
+    return [one for of, kind in wanted for one in _some(kind, each, split, of)]
 
 
 def _some(kind: str, each: int, split: str, seed: int) -> list[PictureQuestion]:

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from noria.errors import Conflict, InvalidRequest
+from noria.methods.grpo import require_trainable
 from noria.methods.table import METHODS, Reads, reads_of, refuse_foreign
 from noria.records import Job, Json
 from noria.registry import Registry
@@ -41,7 +42,10 @@ class Operations:
         self._settings = settings
 
     async def create_job(self, body: Mapping[str, Any]) -> Json:
-        """Queues a job. Raises InvalidRequest, SettingsError (both name the field), Conflict (too few judgements)."""
+        """Queues a job. Raises InvalidRequest, SettingsError (both name the field), Conflict (too few judgements).
+
+        A job of method `grpo` needs a reward, not judgements.
+        """
         asked = parse(JobBody, body)
         policy = self._settings.train.policy
         method = one_of("method", asked.method or policy.method, tuple(METHODS))
@@ -54,7 +58,10 @@ class Operations:
                 )
         refuse_foreign(method, asked.settings)
         train = override_train(self._settings.train, asked.settings)
-        await self._enough(method, train)
+        if METHODS[method].reads == "prompts":
+            require_trainable(train.policies(), train.reward)
+        else:
+            await self._enough(method, train)
         job = await asyncio.to_thread(self._store.create_job, method, asked.settings, rollout, "operator")
         return job.to_wire()
 

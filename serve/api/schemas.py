@@ -86,6 +86,34 @@ class RolloutBody(Body):
     percent: int | None = Field(None, ge=1, le=100)
 
 
+class SampleBody(Body):
+    """`POST /noria/v1/samples`: n answers to one prompt, for a trainer. `version` is the one that has to answer."""
+
+    messages: list[Json] = Field(min_length=1)
+    n: int = Field(1, ge=1, le=256)
+    temperature: float = Field(1.0, ge=0, le=10)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1)
+    max_tokens: int = Field(256, ge=1)
+    seed: int | None = Field(None, ge=0, lt=2**62)
+    adapter: str | None = Field(None, min_length=1)
+    version: str | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _draws(self) -> Self:
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError("n samples of temperature 0 are one sample; draw at a temperature above 0, or n = 1")
+        return self
+
+
+class AdapterQuery(Body):
+    """`PUT /noria/v1/adapters/{name}?version=..&ttl_s=..`: the version that the adapter was made for, and its lease."""
+
+    name: str = Field(min_length=1)
+    version: str = Field(min_length=1)
+    ttl_s: float = Field(600.0, gt=0, le=86_400)
+
+
 class Page(Body):
     """How a list is read: what comes after which id, how much, in which order of time."""
 

@@ -29,6 +29,7 @@ logger = logging.getLogger("noria.engine")
 WORKER_EXTENSION = "serve.release.worker"
 LONGEST_CONTEXT = 4096  # tokens, where neither the settings nor the checkpoint ask for less
 SEQUENCES_ON_CPU = 16
+PRIORITIES = "--scheduling-policy"
 
 
 def engine_flags(settings: Settings, model: Path, version: str) -> list[str]:
@@ -50,6 +51,10 @@ def engine_flags(settings: Settings, model: Path, version: str) -> list[str]:
         flags.append("--enforce-eager")
     if importlib.util.find_spec(WORKER_EXTENSION) is not None:
         flags.append(f"--worker-extension-cls={WORKER_EXTENSION}.NoriaWorkerExtension")
+    flags.append(f"{PRIORITIES}=priority")  # sampling is scheduled below users
+    if engine.policy_adapters:
+        room = [f"--max-loras={engine.policy_adapters}", f"--max-cpu-loras={engine.policy_adapters}"]
+        flags += ["--enable-lora", *room, f"--max-lora-rank={engine.policy_rank}"]
     return [*flags, "--disable-uvicorn-access-log", *engine.args]
 
 
@@ -121,7 +126,8 @@ async def build_application(
     await engine.reset_mm_cache()
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
-    await init_app_state(EngineProxy(engine, gate), app.state, args, tasks)
+    asked = any(word.startswith(PRIORITIES) for word in settings.engine.args)
+    await init_app_state(EngineProxy(engine, gate, keep_priority=asked), app.state, args, tasks)
     follow_models(app.state.openai_serving_models, settings.server.served_model_name, gate)
     captured = {"noria_gate": gate, "noria_capture": capture, "noria_settings": settings.capture}
     for name in ("openai_serving_chat", "anthropic_serving_messages"):

@@ -36,9 +36,15 @@ class EngineProxy:
     ended a request whose reader has not taken the last tokens yet: a slow reader never holds a swap up.
     """
 
-    def __init__(self, engine: Any, gate: VersionGate) -> None:
+    def __init__(self, engine: Any, gate: VersionGate, *, keep_priority: bool = False) -> None:
+        """Unless `keep_priority`, every request has vLLM's default priority, whatever its body or header says.
+
+        vLLM schedules by priority here so that sampling stays below users; without that it ignores the field, and
+        a client must not be able to pass the others by because of it.
+        """
         self._engine = engine
         self._gate = gate
+        self._keep_priority = keep_priority
         self._stays: dict[str, _Stay] = {}
         self._deliveries: set[asyncio.Task[None]] = set()
         gate.on_drain(self._sweep)
@@ -51,6 +57,8 @@ class EngineProxy:
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
         """As `AsyncLLM.generate`, but it begins when the gate lets the request in."""
+        if not self._keep_priority:
+            options.pop("priority", None)
         trace = current_trace.get()
         if trace is None:  # a caller without a door of its own: the generation is the request
             trace = Trace(request_id=request_id, streaming=True)

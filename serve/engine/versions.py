@@ -38,6 +38,8 @@ class Trace:
     out as they come. `held` counts admissions: a request with many prompts passes the gate once per prompt.
     `to_end` says that the request keeps one admission until whoever made the trace calls `VersionGate.finish`.
     `logprobs` asks the engine for the chosen tokens' log-probabilities even where the client did not.
+    `background` marks what is no user's (sampling for a trainer): it is bound to a version and holds a swap up like
+    any other, but does not count as a user's request.
     `began` is a `time.perf_counter()` in seconds.
     """
 
@@ -48,6 +50,7 @@ class Trace:
     to_end: bool = False
     over: bool = False
     logprobs: bool = False
+    background: bool = False
     began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -69,6 +72,7 @@ class VersionGate:
     def __init__(self, current: ServingVersion) -> None:
         self._current = current
         self._in_flight = 0
+        self._users = 0
         self._open = asyncio.Event()
         self._open.set()
         self._idle = asyncio.Event()
@@ -76,6 +80,7 @@ class VersionGate:
         self._swap = asyncio.Lock()
         self._sweepers: list[Callable[[], None]] = []
         self._listeners: list[Callable[[ServingVersion], None]] = []
+        self._user_listeners: list[Callable[[int], None]] = []
         self._failure: str | None = None
 
     def on_drain(self, sweep: Callable[[], None]) -> None:
@@ -87,6 +92,10 @@ class VersionGate:
         """Has `listener` called with each new current version."""
         self._listeners.append(listener)
 
+    def on_users(self, listener: Callable[[int], None]) -> None:
+        """Has `listener` called with the number of users' requests inside whenever it changes."""
+        self._user_listeners.append(listener)
+
     @property
     def current(self) -> ServingVersion:
         """The version that new requests get."""
@@ -94,8 +103,8 @@ class VersionGate:
 
     @property
     def in_flight(self) -> int:
-        """Requests inside."""
-        return self._in_flight
+        """Users' requests inside."""
+        return self._users
 
     @property
     def closed(self) -> bool:
@@ -134,6 +143,7 @@ class VersionGate:
             trace.version = self._current
             if not (trace.streaming or trace.over):
                 trace.to_end, trace.held = True, 1
+            self._count_user(trace, 1)
         trace.held += 1
         return trace.version or self._current
 
@@ -145,6 +155,13 @@ class VersionGate:
                 self._in_flight -= 1
                 if not self._in_flight:
                     self._idle.set()
+                self._count_user(trace, -1)
+
+    def _count_user(self, trace: Trace, change: int) -> None:
+        if not trace.background:
+            self._users += change
+            for listener in self._user_listeners:
+                listener(self._users)
 
     def finish(self, trace: Trace) -> None:
         """The request is over, however it ended: gives back what a non-streaming request kept."""

@@ -18,7 +18,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from noria.errors import InvalidRequest, NoriaError, NotFound, Unavailable
@@ -54,11 +54,13 @@ class Releaser:
         settings: Settings,
         *,
         on_fatal: Callable[[str], None] | None = None,
+        before_swap: Callable[[], Awaitable[None]] | None = None,
         scoring: Callable[[], Any] | None = None,
     ) -> None:
         """`engine` is the raw one, not the proxy behind the gate.
 
         `on_fatal` is called with a reason once the engine is lost; it should make the process end with an error.
+        `before_swap` runs once the gate is closed and empty: what hangs on the old weights is let go there.
         `scoring` makes the probe's sampling parameters, vLLM's by default.
         """
         self._gate = gate
@@ -66,6 +68,7 @@ class Releaser:
         self._registry = registry
         self._settings = settings.release
         self._on_fatal = on_fatal
+        self._before_swap = before_swap
         self._swapper = Swapper(engine)
         self._prober = Prober(engine, scoring)
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
@@ -152,6 +155,8 @@ class Releaser:
         try:
             async with self._gate.exclusive(self._settings.drain_s):
                 metrics["drain_s"] = time.perf_counter() - closed
+                if self._before_swap is not None:
+                    await self._before_swap()
                 await self._swapper.pause(self._settings.drain_s)
                 await self._replace(old, new, metrics, promote)
         finally:

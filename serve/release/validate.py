@@ -67,7 +67,7 @@ def validate_serving(candidate: Path, running: Path) -> int:
     _compare_tensors(tensors, expected, candidate)
     _check_index(candidate, tensors)
     for name, entry in tensors.items():
-        _check_finite(name, entry)
+        check_finite(name, entry)
     return len(tensors)
 
 
@@ -156,7 +156,8 @@ def _check_index(folder: Path, tensors: dict[str, TensorEntry]) -> None:
         raise IntegrityError(f"{path.name}: tensor {name} is in no file", param=name)
 
 
-def _check_finite(name: str, entry: TensorEntry) -> None:
+def check_finite(name: str, entry: TensorEntry) -> None:
+    """Raises IntegrityError where a tensor of floating point numbers holds NaN or infinity."""
     if entry.dtype not in EXPONENT:
         return
     unsigned, mask = EXPONENT[entry.dtype]

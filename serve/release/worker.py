@@ -1,7 +1,7 @@
 """What the release adds to vLLM's worker (`--worker-extension-cls serve.release.worker.NoriaWorkerExtension`).
 
 Comes in: calls by `AsyncLLM.collective_rpc`, in the process that holds the weights. Goes out: small plain values.
-Must not import anything of Noria: only vLLM's worker imports this module.
+Only vLLM's worker imports this module; of Noria it imports nothing but what is made for the worker too.
 
 A failed reload in vLLM 0.31 leaves some layers as empty `meta` tensors with wrapped loaders, and a second reload skips
 them (`initialize_layerwise_reload` returns early where `can_load()`): the next request kills the engine. So after an
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from vllm.model_executor.model_loader.reload import layerwise
+
+from serve.engine.tempered import temper
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,10 @@ class NoriaWorkerExtension:
         """Overwrites every KV block with zeros: a NaN left in a block outlives the weights that made it."""
         for cache in _tensors(self.model_runner.kv_caches):
             cache.zero_()
+
+    def temper_logprobs(self) -> bool:
+        """Has sampling's log-probabilities be those at its temperature; whether this worker can."""
+        return temper(self.model_runner)
 
     def checksum_weights(self) -> str:
         """SHA-256 over all parameters as the kernels see them, in name order. For tests of exact recovery."""

@@ -85,7 +85,7 @@ def _type(field: FieldInfo) -> str:
     if typing.get_origin(field.annotation) is typing.Literal:
         return " or ".join(f"`{json.dumps(kind)}`" for kind in kinds)
     if typing.get_origin(field.annotation) is tuple:
-        return "list of texts"
+        return "list of texts" if typing.get_args(field.annotation)[0] is str else "list of tables"
     names = {
         "str": "text",
         "int": "integer",

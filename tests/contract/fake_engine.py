@@ -38,6 +38,12 @@ from serve.capture.queue import CaptureQueue
 from serve.capture.tape import Captured, ChoiceTape
 from serve.engine.middleware import KeyMiddleware, TraceMiddleware
 from serve.engine.versions import ServingVersion, Trace, VersionGate, current_trace
+from serve.sampling.adapters.shelf import AdapterShelf
+from serve.sampling.http import build_sampling_router
+from serve.sampling.service import Sampling
+from serve.sampling.turns import Turns
+from tests.contract.fake_sampling import FakeSamplingEngine
+from tests.unit.sampling.adapters import write_serving
 
 
 class ChatBody(BaseModel):
@@ -146,8 +152,8 @@ def parsed(request: Json) -> ChatBody:
     return body
 
 
-def chat_app(chat: FakeChat, handlers: Handlers, gate: VersionGate) -> Any:
-    """The application: `/v1/chat/completions` over the fake, and our own router."""
+def chat_app(chat: FakeChat, handlers: Handlers, sampling: Sampling, gate: VersionGate) -> Any:
+    """The application: `/v1/chat/completions` over the fake, and our own routers."""
     app = FastAPI()
 
     @app.post("/v1/chat/completions")
@@ -160,15 +166,16 @@ def chat_app(chat: FakeChat, handlers: Handlers, gate: VersionGate) -> Any:
         except NoriaError as error:
             return error_response(error)
 
+    app.include_router(build_sampling_router(sampling, handlers.api_key))
     app.include_router(build_router(handlers))
     traced = TraceMiddleware(app, gate)
     return KeyMiddleware(traced, handlers.api_key) if handlers.api_key else traced
 
 
 class FakeSystem:
-    """Everything of a server but vLLM, listening on two free ports."""
+    """Everything of a server but vLLM, listening on two free ports; `adapters` is `engine.policy_adapters`."""
 
-    def __init__(self, home: Path, api_key: str | None = None) -> None:
+    def __init__(self, home: Path, api_key: str | None = None, adapters: int = 2) -> None:
         self.home = home
         server = {"api_key": api_key} if api_key else {}
         self._settings = Settings(home=home, server=server)
@@ -178,6 +185,10 @@ class FakeSystem:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self.http_port = self.grpc_port = 0
         self.chat: FakeChat
+        self.gate: VersionGate
+        self.sampling: Sampling
+        self.engine = FakeSamplingEngine()
+        self._adapters = adapters
 
     def start(self) -> None:
         """Returns when both doors are open."""
@@ -187,24 +198,40 @@ class FakeSystem:
 
     def stop(self) -> None:
         """Closes both doors and what is behind them."""
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(30)
+
+    def swap(self, version: ServingVersion) -> None:
+        """Has another version serve, in the releaser's order."""
+
+        async def change() -> None:
+            async with self.gate.exclusive(10):
+                await self.sampling.forget_adapters()
+                self.gate.set_current(version)
+
+        asyncio.run_coroutine_threadsafe(change(), self._loop).result(30)
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         with Store.open(self._settings.store_url) as store:
             registry = Registry(self._settings.models_dir, store)
             version = _first_version(registry)
-            gate = VersionGate(version)
+            gate = self.gate = VersionGate(version)
             blobs = Blobs(self._settings.blobs_url)
             capture = CaptureQueue(store, blobs, self._settings.capture)
             handlers = Handlers(
                 store=store, registry=registry, blobs=blobs, gate=gate, capture=capture, settings=self._settings
             )
             self.chat = FakeChat(gate, capture)
-            rpc, self.grpc_port = await build_server(handlers, self.chat, host="127.0.0.1", port=0)
+            shelf = AdapterShelf(self.engine, gate, self.home / "adapters", most=self._adapters, max_rank=8)
+            sampling = self.sampling = Sampling(self.engine, gate, shelf, Turns(4, 1, quiet_s=0.01))
+            keeping = asyncio.create_task(sampling.keep())
+            rpc, self.grpc_port = await build_server(handlers, self.chat, sampling, host="127.0.0.1", port=0)
             await rpc.start()
-            await self._serve_http(chat_app(self.chat, handlers, gate))
+            await self._serve_http(chat_app(self.chat, handlers, sampling, gate))
+            keeping.cancel()
+            await sampling.close()
             await rpc.stop(1)
             await capture.close()
 
@@ -222,8 +249,7 @@ class FakeSystem:
 
 def _first_version(registry: Registry) -> ServingVersion:
     staging = registry.begin("fake")
-    (staging / "serving").mkdir()
-    (staging / "serving" / "config.json").write_text("{}")
+    write_serving(staging / "serving")
     frozen = {"vision_tower": "sha256:00", "aligner": "sha256:01"}
     manifest = registry.publish(staging, ManifestDraft(method="base", metrics={"kl": 0.25}, frozen=frozen))
     registry.promote(manifest.id)

@@ -81,6 +81,7 @@ def test_status_for_people_and_for_programs(run: Run) -> None:
     [
         ("dpo", "40 unused of 50; 200 unused start a job", "7 unused of 9"),
         ("kto", "40 unused of 50", "7 unused of 9; 200 unused start a job"),
+        ("grpo", "40 unused of 50; 200 unused start a job", "7 unused of 9"),
     ],
 )
 def test_status_and_why_say_which_judgements_start_a_job(run: Run, method: str, preferences: str, thumbs: str) -> None:

@@ -31,7 +31,8 @@ NOON = 1_700_049_600.0  # 2023-11-15 12:00:00 UTC, a Wednesday
 
 
 def train(**policy: Any) -> TrainSettings:
-    return TrainSettings.model_validate({"policy": {"min_preferences": 200, **policy}, "min_pairs": 8})
+    told = {"policy": {"min_preferences": 200, **policy}, "min_pairs": 8, "reward": {"rewards": [{"name": "exact"}]}}
+    return TrainSettings.model_validate(told)
 
 
 def facts(**more: Any) -> Facts:
@@ -93,6 +94,12 @@ def test_idleness_is_told_in_plain_words(policy: Json, now: Json, why: str) -> N
 def test_a_method_that_learns_from_thumbs_waits_for_thumbs(now: Json, why: str) -> None:
     assert decide(train(method="kto"), facts(**now)) == Decision(False, why)
     assert decide(train(method="kto"), facts(pairs=90)).start
+
+
+def test_grpo_waits_for_preferences_too() -> None:
+    own = train(method="grpo")
+    assert decide(own, facts(unused=37)).idle_reason == "idle: 37 of 200 unused preferences"
+    assert decide(own, facts(pairs=90)) == Decision(True, None, "min_preferences")
 
 
 def test_the_interval_ends_and_the_window_opens() -> None:

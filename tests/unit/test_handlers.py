@@ -199,8 +199,15 @@ async def test_used_pairs_count_only_when_asked_for(bench: Bench) -> None:
 async def test_a_job_refuses_what_it_cannot_do(bench: Bench) -> None:
     """Each refusal names the field and what is right."""
     error = await refusal(bench.handlers.create_job({"method": "ppo"}))
+    supported = "dpo, simpo, orpo, cpo, kto, mpo, grpo"
     assert error.param == "method"
-    assert error.message.startswith("method: 'ppo' is not supported; supported now: dpo, simpo, orpo, cpo, kto, mpo")
+    assert error.message == f"method: 'ppo' is not supported; supported now: {supported}"
+    error = await refusal(bench.handlers.create_job({"method": "grpo"}))
+    assert (type(error), error.param) == (SettingsError, "train.reward.rewards")
+    reward = {"reward": {"rewards": [{"name": "exact"}]}}
+    full = {**reward, "modules": {"aligner": "full"}}
+    error = await refusal(bench.handlers.create_job({"method": "grpo", "settings": full}))
+    assert error.param == "train.modules.aligner.policy"
     error = await refusal(bench.handlers.create_job({"rollout": "canary"}))
     assert error.message == "rollout: 'canary' is not supported; supported now: none, direct"
     error = await refusal(bench.handlers.create_job({"settings": {"dpo": {"betta": 1}}}))
@@ -212,6 +219,17 @@ async def test_a_job_refuses_what_it_cannot_do(bench: Bench) -> None:
     assert error.message == (
         "settings.dpo would be ignored: method='simpo' reads settings.simpo; drop it, or ask for method='dpo'"
     )
+    error = await refusal(bench.handlers.create_job({"settings": reward}))
+    assert error.message == (
+        "settings.reward would be ignored: method='dpo' reads settings.dpo; drop it, or ask for method='grpo'"
+    )
+    for key, value in (("preferences", "all"), ("min_pairs", 1)):
+        error = await refusal(bench.handlers.create_job({"method": "grpo", "settings": {**reward, key: value}}))
+        assert error.param == f"settings.{key}"
+        assert error.message == (
+            f"settings.{key} would be ignored: method='grpo' reads settings.grpo and settings.reward; drop it, or ask "
+            "for method='dpo' or 'simpo' or 'orpo' or 'cpo' or 'kto' or 'mpo'"
+        )
     unfit = {"dpo": {"loss_type": "hinge", "label_smoothing": 0.1}}
     error = await refusal(bench.handlers.create_job({"settings": unfit}))
     assert "dpo.label_smoothing=0.1 would be ignored: dpo.loss_type='hinge'" in error.message
@@ -244,6 +262,15 @@ async def test_kto_counts_thumbs_and_leaves_preferences_to_the_others(bench: Ben
     assert "it will take the unused thumbs" in error.message
     status = await bench.handlers.status()
     assert (status["thumbs"], status["method"]) == ({"total": 2, "unused": 2, "needed": 200}, "dpo")
+
+
+async def test_a_job_of_grpo_needs_a_reward_and_no_pairs(bench: Bench) -> None:
+    settings = {"reward": {"rewards": [{"name": "exact"}]}, "grpo": {"steps": 3}}
+    job = await bench.handlers.create_job({"method": "grpo", "settings": settings})
+    assert (job["method"], job["state"], job["settings"]) == ("grpo", "queued", settings)
+    for id_ in ("c1", "c2"):
+        bench.pair(id_)
+    assert (await bench.handlers.create_job({}))["method"] == "dpo"  # the one that waits takes no preference
 
 
 async def test_an_ended_job_cannot_be_cancelled(bench: Bench) -> None:

@@ -108,6 +108,7 @@ def test_files_are_shipped() -> None:
         ({"train": {"modules": {"vision_tower": "full"}}}, ("train.modules.vision_tower", "train.policy.method")),
         ({"train": {"modules": {"language_model": "frozen", "aligner": "full"}}}, ("language_model", "train.policy")),
         ({"train": {"only": "aligner"}}, ("train.only", "train.policy.method")),
+        ({"train": {"policy": {"method": "grpo"}}}, ("train.policy.method", "train.reward.rewards")),
         ({"train": {"modules": {"language_model": "full"}, "base": "gptq"}}, ("modules.language_model", "train.base")),
     ],
 )

@@ -72,8 +72,8 @@ class JobContext:
         return ImageLoader(self.blobs.get)
 
     @property
-    def data_images(self) -> LoadImage:
-        """Whatever rows of data name: for the data of the job's recipe alone."""
+    def data_images(self) -> ImageLoader:
+        """Whatever rows of data name: for what the job's recipe or settings name as data, and nothing else."""
         return ImageLoader(self.blobs.get, named=True)
 
     def progress(self, stage: Stage, share: float, words: str | None = None) -> None:

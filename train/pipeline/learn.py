@@ -21,6 +21,7 @@ from train.pipeline.files import once, remove
 from train.pipeline.prepare import frozen_pairs, frozen_thumbs, parent_of
 
 REPORT = "train/report.json"
+LEARNT = ("steps", "pairs", "answers", "up", "down", "loss_first", "loss_last", "margin_last", "accuracy_last")
 
 if TYPE_CHECKING:
     from train.methods.policies import Applied
@@ -30,14 +31,20 @@ if TYPE_CHECKING:
 
 def run(ctx: JobContext) -> Json:
     """Trains, unless a report says that it was done. A recipe's stages and their curves stay in the report."""
-    told = once(ctx.folder / REPORT, lambda: _train(ctx) if ctx.recipe is None else _recipe(ctx))
+    told = once(ctx.folder / REPORT, lambda: _learn(ctx))
     return {key: value for key, value in told.items() if key not in ("stages", "recipe")}
 
 
-def _recipe(ctx: JobContext) -> Json:
-    from train.stages.job import train
+def _learn(ctx: JobContext) -> Json:
+    if ctx.recipe is not None:
+        from train.stages.job import train
 
-    return train(ctx)
+        return train(ctx)
+    if reads_of(ctx.job.method) == "prompts":
+        from train.methods.grpo.job import train as train_on_groups
+
+        return train_on_groups(ctx)
+    return _train(ctx)
 
 
 def _train(ctx: JobContext) -> Json:
@@ -76,8 +83,7 @@ def _train(ctx: JobContext) -> Json:
         )
     told = asdict(report)
     told |= told.pop("learnt_from")
-    kept = ("steps", "pairs", "answers", "up", "down", "loss_first", "loss_last", "margin_last", "accuracy_last")
-    ctx.metrics({key: told[key] for key in kept if told.get(key) is not None})
+    ctx.metrics({key: told[key] for key in LEARNT if told.get(key) is not None})
     return told
 
 

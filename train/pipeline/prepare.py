@@ -26,7 +26,7 @@ Judged = TypeVar("Judged", Pair, Thumb)
 
 def run(ctx: JobContext) -> Json:
     """Refuses (Conflict, TrainingError, UnsupportedModel) or freezes the choice."""
-    content = once(ctx.folder / FILE, lambda: _freeze(ctx) if ctx.recipe is None else _freeze_recipe(ctx))
+    content = once(ctx.folder / FILE, lambda: _choice(ctx))
     if unreadable := content["samples"].get("unreadable"):
         told = "recent conversations show what was not stored, and cannot calibrate"
         ctx.note(f"{unreadable} {told}", unreadable=unreadable)
@@ -82,10 +82,16 @@ def recent(ctx: JobContext, count: int) -> list[Completion]:
     return mixed
 
 
-def _freeze_recipe(ctx: JobContext) -> Json:
-    from train.stages.job import freeze
+def _choice(ctx: JobContext) -> Json:
+    if ctx.recipe is not None:
+        from train.stages.job import freeze
 
-    return freeze(ctx)
+        return freeze(ctx)
+    if reads_of(ctx.job.method) == "prompts":
+        from train.methods.grpo.job import freeze as freeze_prompts
+
+        return freeze_prompts(ctx)
+    return _freeze(ctx)
 
 
 def _freeze(ctx: JobContext) -> Json:

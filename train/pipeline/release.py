@@ -18,7 +18,7 @@ from train.methods.delta import delta_folders, read_policies
 from train.pipeline.artefact import require_frozen
 from train.pipeline.context import JobContext
 from train.pipeline.files import link_tree, read_json, remove
-from train.pipeline.learn import REPORT
+from train.pipeline.learn import LEARNT, REPORT
 from train.pipeline.prepare import parent_of
 
 SERVER_FRESH_S = 15.0
@@ -91,7 +91,7 @@ def _draft(ctx: JobContext) -> ManifestDraft:
     trained, verified = read_json(ctx.folder / REPORT) or ctx.done["train"], ctx.done["verify"]
     quantized = read_json(ctx.folder / "quantize.json") or ctx.done["quantize"]
     require_frozen(ctx, quantized["frozen"])
-    learnt = ("steps", "pairs", "answers", "up", "down", "loss_first", "loss_last", "margin_last", "accuracy_last")
+    learnt = (*LEARNT, "reward_first", "reward_last")
     checked = ("mean_kl", "max_kl", "agreement")
     return ManifestDraft(
         parent=parent.version,
@@ -123,8 +123,8 @@ def _settings(ctx: JobContext) -> Json:
     if ctx.recipe is not None:
         told = ctx.train.model_dump(mode="json", include={"quantize", "base", "processes"})
         return {**told, "recipe": ctx.recipe.model_dump(mode="json", exclude_defaults=True)}
-    own = METHODS[ctx.job.method].sections
-    return ctx.train.model_dump(mode="json", include={*own, "modules", "quantize", "held_out", "preferences"})
+    own = METHODS[ctx.job.method].keys
+    return ctx.train.model_dump(mode="json", include={*own, "modules", "quantize", "held_out"})
 
 
 def _policies(deltas: tuple[Path, ...]) -> dict[str, Json]:

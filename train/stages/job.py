@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from noria.errors import Conflict, NotFound, SettingsError
-from noria.methods.table import PREFERENCE_KINDS
+from noria.methods.table import METHODS, PREFERENCE_KINDS
 from noria.recipes import Recipe, RecipeStage
 from noria.records import Json
 from noria.registry import Registry
@@ -26,7 +26,7 @@ from train.models.embedded import BLANK
 from train.pipeline.context import REPORT_EVERY_S, JobContext
 from train.pipeline.files import link_tree, once, remove
 from train.pipeline.lineage import find_parent, live_version, require_disk
-from train.pipeline.prepare import parent_of, recent
+from train.pipeline.prepare import parent_of, recent, snapshot_file
 from train.stages.spec import CHECKPOINTS, DELTA, StageRun, Step, base_of, precision_conflict
 
 if TYPE_CHECKING:
@@ -52,12 +52,26 @@ def freeze(ctx: JobContext) -> Json:
     recipe = recipe_of(ctx)
     parent = find_parent(ctx.registry, ctx.settings.home, version_of(recipe, ctx.registry))
     _require_base(ctx, recipe)
+    if any(stage.kind == "grpo" for stage in recipe.stages):
+        from train.methods.grpo.job import require_adapters
+
+        require_adapters(recipe, parent.version, ctx.registry.live())
     require_disk(sum(path.stat().st_size for path in parent.master.glob("*.safetensors")), ctx.settings.jobs_dir)
     hashes: dict[str, str] = {}
     counts: dict[str, int] = {}
+    prompts: dict[str, Json] = {}
     answered: Sequence[AnySample] = ()
     for stage in recipe.stages:
         ctx.check()
+        if stage.kind == "grpo":
+            from train.methods.grpo import job as grpo
+
+            grpo.rewards_of(ctx, stage)
+            asked = grpo.freeze_prompts(ctx, grpo.settings_of(ctx, stage))
+            hashes[stage.name], counts[stage.name] = asked.sha256, sum(asked.counts.values())
+            prompts[stage.name] = asked.to_json()
+            answered = grpo.answered(asked.prompts) or answered
+            continue
         data = read_all(stage.data, stage.kind, keep_image=into(ctx.blobs), seed=stage.seed)
         hashes[stage.name], counts[stage.name] = data.sha256, len(data)
         _tell_bad(ctx, stage, [row for report in data.reports for row in report.bad])
@@ -70,6 +84,7 @@ def freeze(ctx: JobContext) -> Json:
         "left_out": [],
         "counts": counts,
         "data": hashes,
+        "prompts": prompts,
         "id": f"data_{digest[:24]}",
         "sha256": f"sha256:{digest}",
         "parent": parent.version,
@@ -156,8 +171,12 @@ def _stage(ctx: JobContext, run: StageRun, index: int, count: int) -> Json:
     listener = Listener(teller.step, teller.table, teller.measured, ctx.check)
 
     def produce() -> Json:
-        alone = run.stage.kind in PREFERENCE_KINDS and run.processes > 1
+        alone = run.stage.kind in METHODS and run.processes > 1
         ctx.note(f"stage {run.folder.name} ({run.stage.kind}) begins" + (", in one process" if alone else ""))
+        if run.stage.kind == "grpo":
+            from train.methods.grpo.job import train_stage
+
+            return train_stage(ctx, run, parent_of(ctx), snapshot_file(ctx)["prompts"][run.stage.name], listener)
         return run_stage(run, listener)
 
     report = once(run.folder / "report.json", produce)

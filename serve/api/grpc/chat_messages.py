@@ -7,6 +7,7 @@ Must not import vllm or fastapi.
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable
 from typing import Any
 
 from noria.errors import InvalidRequest
@@ -31,8 +32,13 @@ def request_to_openai(request: Any) -> Json:
     for key in extra:
         if key in pb.CreateChatCompletionRequest.DESCRIPTOR.fields_by_name or key in ("stream", "stream_options"):
             raise InvalidRequest(f"extra.{key}: this message has a field or a method for it", param=f"extra.{key}")
-    body["messages"] = [_message(one, index) for index, one in enumerate(request.messages)]
+    body["messages"] = messages_to_openai(request.messages)
     return {**body, **extra}
+
+
+def messages_to_openai(messages: Iterable[Any]) -> list[Json]:
+    """The conversation as HTTP's bodies have it, pictures as data: URLs. Raises InvalidRequest."""
+    return [_message(one, index) for index, one in enumerate(messages)]
 
 
 def _message(message: Any, index: int) -> Json:

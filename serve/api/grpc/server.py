@@ -18,22 +18,27 @@ from noria.v1 import (
     inference_pb2_grpc,
     operator_pb2,
     operator_pb2_grpc,
+    sampling_pb2,
+    sampling_pb2_grpc,
 )
 from serve.api.chat import ChatBackend
 from serve.api.grpc.calls import KeyInterceptor
+from serve.api.grpc.sampling import SamplingServicer
 from serve.api.grpc.services import Feedback, Inference, Operator
 from serve.api.handlers import Handlers
+from serve.sampling.service import Sampling
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # pictures travel in the message; gRPC's default of 4 MiB is one photograph
 SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     feedback_pb2.DESCRIPTOR.services_by_name["FeedbackService"].full_name,
     operator_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
+    sampling_pb2.DESCRIPTOR.services_by_name["SamplingService"].full_name,
 )
 
 
 async def build_server(
-    handlers: Handlers, chat: ChatBackend, *, host: str, port: int, api_key: str | None = None
+    handlers: Handlers, chat: ChatBackend, sampling: Sampling, *, host: str, port: int, api_key: str | None = None
 ) -> tuple[grpc.aio.Server, int]:
     """The server and the port it is bound to (`port` 0 takes a free one); call it inside the running loop.
 
@@ -51,6 +56,7 @@ async def build_server(
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(Inference(chat), server)
     feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(Feedback(handlers), server)
     operator_pb2_grpc.add_OperatorServiceServicer_to_server(Operator(handlers), server)
+    sampling_pb2_grpc.add_SamplingServiceServicer_to_server(SamplingServicer(sampling), server)
     await _add_standard_services(server)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:

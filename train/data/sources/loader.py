@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image as Pillow
@@ -49,15 +51,24 @@ class ImageLoader:
     def __call__(self, reference: str) -> Pillow.Image:
         """The picture. Raises TrainingError naming the reference when it is gone or cannot be decoded."""
         if reference not in self._pictures:
-            try:
+            with _told(reference):
                 self._pictures[reference] = self._load(reference)
-            except Exception as error:  # file systems and decoders raise what their libraries do
-                why = error.message if isinstance(error, NoriaError) else repr(error)
-                raise TrainingError(f"picture {reference[:_SHOWN]} cannot be read: {why}", code="bad_image") from error
             while len(self._pictures) > self._keep:
                 self._pictures.popitem(last=False)
         self._pictures.move_to_end(reference)
         return self._pictures[reference]
+
+    def read(self, reference: str) -> bytes:
+        """The file that the picture is decoded from; what is drawn comes as PNG, which loses nothing.
+
+        Raises as a call.
+        """
+        with _told(reference):
+            if not (self._named and is_made(reference)):
+                return self._bytes(reference)
+            sink = BytesIO()
+            draw(reference).save(sink, format="PNG")
+            return sink.getvalue()
 
     def _load(self, reference: str) -> Pillow.Image:
         if reference in self._pixels:
@@ -76,13 +87,23 @@ class ImageLoader:
             if self._read_blob is None:
                 raise TrainingError("it is a stored picture, and no store of pictures was given")
             return self._read_blob(name)
-        if not self._named:
+        if not self._named or reference.startswith(BLOB_SCHEME):
             raise TrainingError("it is not stored, and what captured messages name is never fetched")
         if reference.startswith("data:"):
             return from_data_url(reference)
         if is_url(reference):
             return _fetched(reference)
         return Path(reference).read_bytes()
+
+
+@contextmanager
+def _told(reference: str) -> Iterator[None]:
+    """Whatever goes wrong with a picture is told by its reference."""
+    try:
+        yield
+    except Exception as error:  # file systems and decoders raise what their libraries do
+        why = error.message if isinstance(error, NoriaError) else repr(error)
+        raise TrainingError(f"picture {reference[:_SHOWN]} cannot be read: {why}", code="bad_image") from error
 
 
 def _fetched(url: str) -> bytes:

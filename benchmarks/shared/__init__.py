@@ -1,0 +1,1 @@
+"""What several measurements use; nothing here runs by itself."""

@@ -1,0 +1,1 @@
+"""`noria sample`: groups of answers of a version, to look at."""

@@ -1,0 +1,1 @@
+"""GRPO: groups from a sampler, the loss against the papers, what stops a training."""

@@ -1,0 +1,1 @@
+"""Rewards that ask somebody else: another process, or another server."""

@@ -1,0 +1,1 @@
+"""Rewards that look at nothing but an answer's text, and at the right answers where there are some."""
