@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -69,7 +69,9 @@ def follow(noria: NoriaClient, method: str, settings: dict[str, object]) -> Trai
     return Trained(ended["version"], ended["metrics"], tuple(updates), spent, time.monotonic() - began)
 
 
-def draw_curves(path: Path, arms: dict[str, Sequence[dict[str, float]]], panels: dict[str, Sequence[str]]) -> None:
+def draw_curves(
+    path: Path, arms: Mapping[str, Sequence[Mapping[str, float]]], panels: Mapping[str, Sequence[str]]
+) -> None:
     """Writes a picture: a panel for each title, over the updates; an arm is a colour, a panel's keys are strokes."""
     import matplotlib
 

@@ -24,7 +24,10 @@ def test_the_control_pays_what_the_group_before_has_earned() -> None:
 
 
 def test_curves_are_drawn_where_an_update_lacks_a_figure(tmp_path: Path) -> None:
-    arms = {"exact": [{"step": 1, "reward": 0.1, "kl": 0.0}, {"step": 2}], "shuffled": [{"step": 1, "reward": 0.2}]}
+    arms: dict[str, list[dict[str, float]]] = {
+        "exact": [{"step": 1, "reward": 0.1, "kl": 0.0}, {"step": 2}],
+        "shuffled": [{"step": 1, "reward": 0.2}],
+    }
     panels = {"reward": ("reward",), "KL": ("kl",), "both": ("reward", "kl"), "nothing": ("length",)}
     draw_curves(tmp_path / "curves.png", arms, panels)
     with Image.open(tmp_path / "curves.png") as picture:
