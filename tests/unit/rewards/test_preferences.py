@@ -287,9 +287,8 @@ def test_a_sample_that_its_limit_ended_is_read_so(head: Head, reader: FeatureRea
 
 
 def test_a_head_that_is_not_right_often_enough_is_refused(reader: FeatureReader) -> None:
-    with pytest.raises(
-        TrainingError, match=r"orders \d+\.\d% of \d+ held-out pairs rightly \(95 % interval"
-    ) as refused:
+    told = r"orders \d+\.\d% of \d+ held-out pairs rightly \(95 % interval"
+    with pytest.raises(TrainingError, match=told) as refused:
         learn_head(pairs(60, noise=1.0), (), reader, OPTIONS)
     assert (refused.value.code, refused.value.param) == ("reward_inaccurate", "min_accuracy")
 
@@ -353,8 +352,7 @@ def test_a_job_learns_once_and_finds_its_head_again(model: Any, processor: Any, 
     lent = backing(model, processor, pairs=given, folder=tmp_path)
     first, second = build(OPTIONS, lent), build(OPTIONS, lent)
     assert learnt == [1]
-    assert isinstance(first, PreferenceReward)
-    assert isinstance(second, PreferenceReward)
+    assert isinstance(first, PreferenceReward) and isinstance(second, PreferenceReward)
     assert first.figures == second.figures == load_head(tmp_path / "reward-preferences").figures
     assert first([sample(GOOD)]) == second([sample(GOOD)])
     stated = OPTIONS.model_copy(update={"head": tmp_path / "reward-preferences"})

@@ -8,9 +8,10 @@ from serve.sampling.turns import Turn, Turns
 
 
 class Holder:
-    """A sample that holds its turn until it is told to let go; `log` is what happened."""
+    """A sample that holds its turn, once it is `inside`, until it is told to let go; `log` is what happened."""
 
     def __init__(self, name: str, turns: Turns, log: list[str], again: bool = False) -> None:
+        self.inside = asyncio.Event()
         self.over = asyncio.Event()
         self.turn: Turn | None = None
         self._name, self._turns, self._log, self._again = name, turns, log, again
@@ -19,6 +20,7 @@ class Holder:
     async def _run(self) -> None:
         async with self._turns.turn(again=self._again) as self.turn:
             self._log.append(f"{self._name} in")
+            self.inside.set()
             self.turn.on_stop(lambda: self._log.append(f"{self._name} stopped"))
             await self.over.wait()
         self._log.append(f"{self._name} out")
@@ -83,8 +85,7 @@ async def test_how_long_users_are_gone_counts_from_the_last_one() -> None:
     last = turns._timer
     assert first is not None and first.cancelled()
     assert last is not None and not last.cancelled()
-    while not log:
-        await asyncio.sleep(0.01)
+    await one.inside.wait()
     assert log == ["a in"]
     one.over.set()
     await one.task
