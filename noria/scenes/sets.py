@@ -1,6 +1,7 @@
 """Data sets of made pictures, as rows that any reader of training data understands.
 
-Comes in: a set's name (`scenes`, `digits`, `photos`, `text`), a stage's kind, a split, a seed.
+Comes in: a set's name (`scenes`, `digits`, `photos`, `text`), a stage's kind, a split, a seed. For the kind `vision` a
+set of pictures may have `-written` behind its name: what is true is then laid out as a text (`write_labels`).
 Goes out: rows: labels for the kind `vision`, conversations in OpenAI's shape for the others. The same call gives the
 same rows. Must not import Pillow or numpy.
 """
@@ -16,10 +17,12 @@ from noria.scenes import handwriting, photos
 from noria.scenes.drawn.questions import WHICH_DIGIT, ask, caption
 from noria.scenes.drawn.scene import read_scene, scene_ref
 from noria.scenes.drawn.words import SPLITS
-from noria.scenes.labels import read_labels
+from noria.scenes.labels import Labels, read_labels, write_labels
 from noria.scenes.replay import replayed
 
-SETS = ("scenes", "digits", "photos", "text")
+WRITTEN = "-written"
+_PICTURES = ("scenes", "digits", "photos")
+SETS = (*_PICTURES, "text", *(f"{name}{WRITTEN}" for name in _PICTURES))
 DEFAULT_COUNT = {"scenes": 10_000, "digits": 1_400, "photos": 200}
 _SHARES = {"one": 0.25, "two": 0.3, "many": 0.25, "digit": 0.2}
 _DESCRIBE = ("Describe the picture.", "What does the picture show?", "What do you see?")
@@ -39,14 +42,18 @@ def rows(name: str, kind: str, *, split: str, count: int | None, seed: int) -> I
         if kind == "vision":
             raise InvalidRequest("the set 'text' has no pictures for a stage of kind vision", param="source")
         return replayed(count, seed)
-    return _picture_rows(name, kind, split, DEFAULT_COUNT[name] if count is None else count, seed)
+    if name.endswith(WRITTEN) and kind != "vision":
+        raise InvalidRequest(f"the set {name!r} is labels, for a stage of kind vision alone", param="source")
+    pictures = name.removesuffix(WRITTEN)
+    return _picture_rows(name, kind, split, DEFAULT_COUNT[pictures] if count is None else count, seed)
 
 
 def _picture_rows(name: str, kind: str, split: str, count: int, seed: int) -> Iterator[Json]:
+    pictures, labels = name.removesuffix(WRITTEN), write_labels if name.endswith(WRITTEN) else read_labels
     for index in range(count):
-        rng = random.Random(f"{name}/{split}/{seed}/{index}")  # noqa: S311 - no secret
-        ref = _ref(name, split, seed, index, rng)
-        yield _label_row(ref) if kind == "vision" else _dialogue(ref, kind, rng)
+        rng = random.Random(f"{pictures}/{split}/{seed}/{index}")  # noqa: S311 - no secret
+        ref = _ref(pictures, split, seed, index, rng)
+        yield _label_row(ref, labels(ref)) if kind == "vision" else _dialogue(ref, kind, rng)
 
 
 def _ref(name: str, split: str, seed: int, index: int, rng: random.Random) -> str:
@@ -58,8 +65,7 @@ def _ref(name: str, split: str, seed: int, index: int, rng: random.Random) -> st
     return scene_ref(split, kind, seed, index)
 
 
-def _label_row(ref: str) -> Json:
-    labels = read_labels(ref)
+def _label_row(ref: str, labels: Labels) -> Json:
     objects = [{"label": words, "box": corners} for words, *corners in labels.boxes]
     return {"image": ref, "labels": labels.attributes, "objects": objects}
 
