@@ -98,6 +98,9 @@ class RecipeStage(Section):
     """Put many samples into one sequence of max_length, attention and positions kept apart."""
     group_by_length: bool = False
     """Batches of samples of like length."""
+    keep_language: float | None = Field(None, gt=0)
+    """Conversations without pictures are not learnt but kept: this times KL(model before its LoRA || model), on each of
+    their tokens, in place of their answers' cross-entropy."""
     checkpoint_every: int | None = Field(None, ge=1)
     """Steps between two checkpoints that an interrupted stage goes on from; none is 100."""
     beta: float | None = Field(None, gt=0)
@@ -122,6 +125,8 @@ class RecipeStage(Section):
             raise ValueError(told)
         if self.packing and self.group_by_length:
             raise ValueError("packing and group_by_length contradict each other: a packed sequence is always full")
+        if self.packing and self.keep_language is not None:
+            raise ValueError("packing and keep_language contradict each other: a packed sequence has pictures and none")
         for key, kinds, why in _IGNORED:
             value = getattr(self, key)
             if self.kind in kinds and value != type(self).model_fields[key].default:
@@ -149,6 +154,14 @@ class RecipeStage(Section):
         if not any(policies[module].trains for module in needed):
             told = " or ".join(f"modules.{module}" for module in needed)
             raise ValueError(f"nothing would train that kind={self.kind!r} is for: {told} must be full or lora")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_a_lora_changes(self) -> Self:
+        policy = self.policies["language_model"].policy
+        if self.keep_language is not None and policy != "lora":
+            told = f"keep_language={self.keep_language} contradicts modules.language_model.policy={policy!r}"
+            raise ValueError(f"{told}: the model before is the one without its LoRA")
         return self
 
     @property
@@ -209,6 +222,7 @@ _CONVERSATIONS: tuple[StageKind, ...] = ("align", "sft", "finetune")
 _IGNORED: tuple[tuple[str, tuple[StageKind, ...], str], ...] = (
     ("packing", ("vision", "dpo"), "reads no conversations"),
     ("group_by_length", ("vision", "dpo"), "reads no conversations"),
+    ("keep_language", ("vision", "dpo"), "learns no conversations"),
     ("beta", ("vision", *_CONVERSATIONS), "has no reference"),
     ("head_learning_rate", ("dpo", *_CONVERSATIONS), "has no heads"),
     ("precision", ("dpo",), "computes in the machine's own"),
