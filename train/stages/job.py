@@ -19,7 +19,7 @@ from noria.records import Json
 from noria.registry import Registry
 from train.data import calibration
 from train.data.formats.pictures import into
-from train.data.samples import AnySample, PreferenceSample, Sample
+from train.data.samples import AnySample, PreferenceSample, Sample, VisionSample
 from train.data.sources import read_all
 from train.models.embedded import BLANK
 from train.pipeline.context import REPORT_EVERY_S, JobContext
@@ -31,8 +31,9 @@ from train.stages.spec import CHECKPOINTS, DELTA, StageRun, Step, base_of, preci
 if TYPE_CHECKING:
     from train.stages.run import Listener
 
-RECIPE = "rows of the recipe's last stage with answers, evenly spread, then recent completions"
+RECIPE = "rows of the recipe's last stage with answers, evenly spread, half of them plain text, then recent completions"
 ADD = "add it with `noria model add`"
+Answered = Sample | PreferenceSample
 _RECENT_STEPS = 20  # over which the time left is reckoned
 
 
@@ -239,23 +240,29 @@ def _conversations(ctx: JobContext, answered: Sequence[AnySample]) -> Json:
 def spread_rows(answered: Sequence[AnySample], counts: tuple[int, int]) -> list[Json]:
     """References (`train.data.calibration`): those to calibrate on, then those to verify on, both spread over all rows.
 
-    Sources lie one after the other: a first part to calibrate on would hold nothing of the last ones.
+    Sources lie one after the other: a first part to calibrate on would hold nothing of the last ones. Where some rows
+    show pictures and some do not, half is without: what serves answers both, and GPTQ rounds for what it was shown.
     """
     wanted, checked = sum(counts), counts[1]
-    step = max(1, len(answered) // wanted)
+    named = [one for one in answered if not isinstance(one, VisionSample)]
+    plain, pictured = [one for one in named if not one.images], [one for one in named if one.images]
+    without = min(len(plain), max(wanted // 2, wanted - len(pictured)))
+    taken = list(enumerate([*_spread(pictured, wanted - without), *_spread(plain, without)]))
     aside = {number * wanted // checked + wanted // checked - 1 for number in range(checked)}
-    taken = list(enumerate(answered[: step * wanted : step]))
     ordered = [one for at, one in taken if at not in aside] + [one for at, one in taken if at in aside]
-    return [row for one in ordered if (row := _reference(one)) is not None]
+    return [_reference(one) for one in ordered]
 
 
-def _reference(one: AnySample) -> Json | None:
+def _spread(rows: Sequence[Answered], wanted: int) -> Sequence[Answered]:
+    step = max(1, len(rows) // max(1, wanted))
+    return rows[: step * wanted : step]
+
+
+def _reference(one: Answered) -> Json:
     if isinstance(one, Sample):
         return {"row": one.source, "messages": list(one.messages), "cut": one.cut}
-    if isinstance(one, PreferenceSample):
-        answer = {"role": "assistant", "content": one.chosen}
-        return {"row": one.source, "messages": [*one.messages, answer], "cut": one.chosen_cut}
-    return None
+    answer = {"role": "assistant", "content": one.chosen}
+    return {"row": one.source, "messages": [*one.messages, answer], "cut": one.chosen_cut}
 
 
 def _require_base(ctx: JobContext, recipe: Recipe) -> None:
