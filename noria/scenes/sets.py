@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from noria.errors import InvalidRequest
 from noria.records import Json
 from noria.scenes import handwriting, photos
-from noria.scenes.drawn.questions import WHICH_DIGIT, ask, caption
+from noria.scenes.drawn.questions import WHICH_DIGIT, ask, caption, told
 from noria.scenes.drawn.scene import read_scene, scene_ref
 from noria.scenes.drawn.words import SPLITS
 from noria.scenes.labels import Labels, read_labels, write_labels
@@ -27,6 +27,7 @@ DEFAULT_COUNT = {"scenes": 10_000, "digits": 1_400, "photos": 200}
 _SHARES = {"one": 0.25, "two": 0.3, "many": 0.25, "digit": 0.2}
 _DESCRIBE = ("Describe the picture.", "What does the picture show?", "What do you see?")
 _MOST_TURNS = 5
+_TOLD = 0.15
 
 
 def rows(name: str, kind: str, *, split: str, count: int | None, seed: int) -> Iterator[Json]:
@@ -71,9 +72,11 @@ def _label_row(ref: str, labels: Labels) -> Json:
 
 
 def _dialogue(ref: str, kind: str, rng: random.Random) -> Json:
-    """Some questions in random order; for `align` a description is among them."""
+    """Some questions in random order; for `align` a description is among them, else a few are told in a sentence."""
     turns, described = _turns(ref, rng)
     rng.shuffle(turns)
+    if kind != "align" and not ref.startswith(photos.PREFIX):
+        turns = [told(*turn, rng) if rng.random() < _TOLD else turn for turn in turns]
     if described is not None and (kind == "align" or rng.random() < 0.2):
         turns.insert(rng.randrange(min(2, len(turns)) + 1), (rng.choice(_DESCRIBE), described))
     messages: list[Json] = []

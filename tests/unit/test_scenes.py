@@ -20,7 +20,7 @@ from noria.evals.named.text import text_questions
 from noria.records import Json
 from noria.scenes import SETS, draw, held_out_questions, is_made, rows
 from noria.scenes.asked import KINDS as ASKED_KINDS
-from noria.scenes.drawn.questions import LEFT_RIGHT, ask, caption
+from noria.scenes.drawn.questions import LEFT_RIGHT, TELL, ask, caption
 from noria.scenes.drawn.scene import CLEAR, KINDS, Scene, read_scene, scene_ref, side_of
 from noria.scenes.drawn.words import (
     BACKGROUNDS,
@@ -187,6 +187,18 @@ def test_written_out_a_thing_is_a_row_and_a_word_is_a_cell() -> None:
     ] == ["0"]
     photo = next(rows("photos-written", "vision", split="train", count=1, seed=0))
     assert [one["label"] for one in photo["objects"]] == ["astronaut"]
+
+
+def test_some_answers_are_sentences_where_a_sentence_is_asked_for() -> None:
+    for name in ("scenes", "digits", "photos"):
+        turns = [
+            (str(question["content"]).rstrip("'}]"), answer["content"])
+            for messages in conversations(name, "train", 150)
+            for question, answer in zip(messages[::2], messages[1::2], strict=True)
+        ]
+        told = [answer for question, answer in turns if question.endswith(TELL)]
+        assert all(answer.endswith(".") and " " in answer for answer in told)
+        assert (0.05 < len(told) / len(turns) < 0.3) if name != "photos" else not told
 
 
 def label_and_box(told: Json) -> tuple[str, list[float]]:
