@@ -173,13 +173,28 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Thumb:
+    """One answer that somebody found good (`up`) or bad, with everything a trainer needs, as `Pair` has it."""
+
+    feedback_id: str
+    prompt_hash: str
+    messages: tuple[Json, ...]
+    answer: str
+    up: bool
+    created_at: float
+    annotator: str | None = None
+    images: tuple[str, ...] = ()  # the messages' `image_references`
+    cut: bool = False  # the answer ran into its limit of tokens: the model did not end its turn there
+
+
+@dataclass(frozen=True)
 class Snapshot:
-    """A frozen, hashed list of preferences. `id` is `snap_` and the SHA-256 of its canonical content."""
+    """A frozen, hashed list of judgements. `id` is `snap_` and the SHA-256 of its canonical content."""
 
     id: str
     job_id: str
     created_at: float
-    train: tuple[str, ...]  # preference ids
+    train: tuple[str, ...]  # ids of preferences, or of feedback where the job learns from thumbs
     held_out: tuple[str, ...]
     counts: dict[str, int]  # used, held_out, tie, both_bad, duplicate, contradictory, ...
     left_out: tuple[str, ...] = ()  # looked at and not used (duplicates, ...): not "unused" any more

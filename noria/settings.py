@@ -21,6 +21,15 @@ from pydantic_settings import (
 )
 
 from noria.errors import SettingsError
+from noria.methods.preferences import (
+    CpoSettings,
+    DpoSettings,
+    KtoSettings,
+    MpoSettings,
+    OrpoSettings,
+    SimpoSettings,
+)
+from noria.methods.table import JobMethod
 from noria.module_settings import ModulePolicies, ResolvedPolicy, Section
 from noria.records import Module
 
@@ -90,35 +99,6 @@ class StoreSettings(Section):
     """fsspec URL of the pictures; none is NORIA_HOME/blobs."""
 
 
-class DpoSettings(Section):
-    """Direct preference optimisation (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7)."""
-
-    beta: float = Field(0.1, gt=0)
-    """Strength of the pull to the reference."""
-    epochs: float = Field(3.0, gt=0)
-    """Passes over the training pairs."""
-    batch_size: int = Field(4, ge=1)
-    """Pairs in one optimiser step."""
-    micro_batch_size: int = Field(2, ge=1)
-    """Pairs in one forward; divides batch_size."""
-    warmup_ratio: float = Field(0.1, ge=0, le=1)
-    """Share of steps over which the learning rates rise."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradient clip."""
-    max_length: int = Field(1024, ge=32)
-    """Prompt plus answer, in tokens; a longer pair is left out and counted."""
-    seed: int = 0
-    """Seed of data order and initialisation."""
-
-    @model_validator(mode="after")
-    def _micro_divides(self) -> Self:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"dpo.batch_size={self.batch_size} is not a multiple of dpo.micro_batch_size={self.micro_batch_size}"
-            )
-        return self
-
-
 class QuantizeSettings(Section):
     """GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323)."""
 
@@ -151,12 +131,12 @@ class PolicySettings(Section):
     automatic: bool = True
     """False leaves every start to an operator."""
     min_preferences: int = Field(200, ge=1)
-    """Unused training preferences that start a job."""
+    """Unused training preferences (for a method that learns from thumbs: answers with one) that start a job."""
     min_interval_s: float = Field(3600, ge=0)
     """Least time between two automatic starts, in seconds."""
     window: str | None = None
     """Cron expression (UTC); an automatic job starts only in a minute that it matches. None is any time."""
-    method: Literal["dpo"] = "dpo"
+    method: JobMethod = "dpo"
     """Method of an automatic job."""
     rollout: Literal["none", "direct"] = "direct"
     """What follows a verified version."""
@@ -173,14 +153,20 @@ class TrainSettings(Section):
     """What a LoRA learns on: full-precision weights, or 4-bit ones (QLoRA): the parent's own serving checkpoint
     (`gptq`), or NF4 (`bitsandbytes`). The result is merged into the master in every case."""
     dpo: DpoSettings = DpoSettings()
+    simpo: SimpoSettings = SimpoSettings()
+    orpo: OrpoSettings = OrpoSettings()
+    cpo: CpoSettings = CpoSettings()
+    kto: KtoSettings = KtoSettings()
+    mpo: MpoSettings = MpoSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     verify: VerifySettings = VerifySettings()
     held_out: float = Field(0.1, ge=0, lt=0.9)
     """Share of prompts (by hash) that never train."""
     min_pairs: int = Field(8, ge=1)
-    """Fewest training pairs that a job accepts."""
+    """Fewest training pairs (for KTO: answers) that a job accepts."""
     preferences: Literal["unused", "all"] = "unused"
-    """What a job trains on: judgements that no earlier version has learnt from, or every one again."""
+    """What a job trains on: judgements (preferences, or thumbs) that no earlier version has learnt from, or every one
+    again."""
     lease_s: float = Field(60.0, gt=1)
     """A job whose trainer is silent for so long is taken up by another."""
     poll_s: float = Field(1.0, gt=0)

@@ -14,16 +14,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType
 
 from noria.blobs import Blobs
 from noria.errors import NoriaError, SettingsError
+from noria.methods.table import reads_of
 from noria.recipes import Recipe, parse_recipe
 from noria.records import Job, Json
 from noria.registry import Registry
 from noria.settings import Settings, TrainSettings, override_train
 from noria.store import Store
-from train.data.snapshot import select
+from train.data.snapshot import select, select_thumbs
 from train.heartbeat import Heartbeat
 from train.log import EventLog
 from train.pipeline.context import JobContext
@@ -50,7 +52,7 @@ class Trainer:
         self.log = log
         self.heartbeat = Heartbeat(store, self.owner, settings.train.lease_s, stopping, log)
         self._run_job = run_job or run_claimed
-        self._pairs_of: tuple[int, int] | None = None
+        self._made: tuple[int, int, bool] | None = None
 
     def run(self) -> None:
         """Works until told to stop."""
@@ -90,30 +92,42 @@ class Trainer:
 
     def consider(self) -> Decision:
         """The policy over the store's facts. Pairs are counted only when everything else says go."""
-        facts = self._facts(pairs=None)
+        facts = self._facts()
         decision = decide(self.settings.train, facts)
         if not decision.start:
             return decision
-        return decide(self.settings.train, self._facts(pairs=self._pairs(facts.unused)))
+        pairs, one_sided = self._made_of(facts.unused)
+        return decide(self.settings.train, replace(self._facts(), pairs=pairs, one_sided=one_sided))
 
-    def _facts(self, pairs: int | None) -> Facts:
+    def _facts(self) -> Facts:
         running = self.store.list_jobs(1, state="running") or self.store.list_jobs(1, state="queued")
         automatic = [job.created_at for job in self.store.list_jobs(200) if job.reason in AUTOMATIC]
         return Facts(
             now=time.time(),
-            unused=self.store.preference_counts()["unused"],
+            unused=(self.store.thumb_counts() if self._reads_thumbs else self.store.preference_counts())["unused"],
             live=self.registry.live(),
             busy=running[0].id if running else None,
-            pairs=pairs,
             last_automatic_at=max(automatic, default=None),
         )
 
-    def _pairs(self, unused: int) -> int:
-        """Training pairs that the unused judgements make; counted again only when their number changes."""
-        if self._pairs_of is None or self._pairs_of[0] != unused:
-            rows = self.store.training_pairs(exclude_used=True)
-            self._pairs_of = (unused, len(select(rows, held_out=self.settings.train.held_out).train))
-        return self._pairs_of[1]
+    def _made_of(self, unused: int) -> tuple[int, bool]:
+        """Training rows that the unused judgements make, and whether all have the same thumb.
+
+        Counted again only when the judgements' number changes.
+        """
+        if self._made is None or self._made[0] != unused:
+            held_out, one_sided = self.settings.train.held_out, False
+            if self._reads_thumbs:
+                thumbs = select_thumbs(self.store.training_thumbs(exclude_used=True), held_out=held_out).train
+                count, one_sided = len(thumbs), len({thumb.up for thumb in thumbs}) < 2
+            else:
+                count = len(select(self.store.training_pairs(exclude_used=True), held_out=held_out).train)
+            self._made = (unused, count, one_sided)
+        return self._made[1:]
+
+    @property
+    def _reads_thumbs(self) -> bool:
+        return reads_of(self.settings.train.policy.method) == "thumbs"
 
     def work(self, job: Job) -> str:
         """Runs a job that this trainer owns to its end, and returns how it went."""

@@ -12,6 +12,7 @@ from typing import Literal
 from croniter import croniter
 
 from noria.errors import SettingsError
+from noria.methods.table import reads_of
 from noria.settings import TrainSettings
 
 
@@ -19,8 +20,9 @@ from noria.settings import TrainSettings
 class Facts:
     """What is so now. Times are epoch seconds.
 
-    `unused` counts judgements that could train and that no job has used; `pairs` how many training pairs the
-    snapshot's rule makes of them, None while nobody has counted. `busy` is a job that is queued or running.
+    `unused` counts judgements of the kind that the policy's method reads, that could train and that no job has used;
+    `pairs` how many training pairs (or answers) the snapshot's rule makes of them, None while nobody has counted.
+    `one_sided`: all of these have the same thumb. `busy` is a job that is queued or running.
     """
 
     now: float
@@ -28,6 +30,7 @@ class Facts:
     live: str | None
     busy: str | None = None
     pairs: int | None = None
+    one_sided: bool = False
     last_automatic_at: float | None = None
 
 
@@ -46,7 +49,7 @@ def decide(train: TrainSettings, facts: Facts) -> Decision:
     why = (
         _not_possible(train, facts)
         or _too_few(train, facts)
-        or _too_soon(policy.min_interval_s, facts)
+        or _too_soon(train, facts)
         or _outside(policy.window, facts.now)
     )
     if why is not None:
@@ -68,29 +71,40 @@ def _not_possible(train: TrainSettings, facts: Facts) -> str | None:
     if facts.live is None:
         return "no model is live yet; add one with `noria model add`"
     if not train.policy.automatic:
-        return f"automatic training is off (train.policy.automatic); {facts.unused} unused preferences"
+        return f"automatic training is off (train.policy.automatic); {_unused(train, facts)}"
     return None
 
 
 def _too_few(train: TrainSettings, facts: Facts) -> str | None:
     needed = train.policy.min_preferences
     if facts.unused < needed:
-        return f"{facts.unused} of {needed} unused preferences"
+        return f"{facts.unused} of {needed} unused {_read(train)}"
     if facts.pairs is not None and facts.pairs < train.min_pairs:
+        made = "training pairs" if _read(train) == "preferences" else "training answers"
         return (
-            f"{facts.unused} unused preferences make {facts.pairs} training pairs, {train.min_pairs} are needed "
+            f"{_unused(train, facts)} make {facts.pairs} {made}, {train.min_pairs} are needed "
             "(train.min_pairs); the others are duplicate, contradictory, unusable or held out"
         )
+    if facts.one_sided:
+        return f"{_unused(train, facts)} are all up or all down: thumbs of both kinds are needed"
     return None
 
 
-def _too_soon(min_interval_s: float, facts: Facts) -> str | None:
+def _too_soon(train: TrainSettings, facts: Facts) -> str | None:
     if facts.last_automatic_at is None:
         return None
-    wait_s = facts.last_automatic_at + min_interval_s - facts.now
+    wait_s = facts.last_automatic_at + train.policy.min_interval_s - facts.now
     if wait_s <= 0:
         return None
-    return f"{facts.unused} unused preferences, next automatic start in {_span(wait_s)} (train.policy.min_interval_s)"
+    return f"{_unused(train, facts)}, next automatic start in {_span(wait_s)} (train.policy.min_interval_s)"
+
+
+def _read(train: TrainSettings) -> str:
+    return reads_of(train.policy.method) or "preferences"
+
+
+def _unused(train: TrainSettings, facts: Facts) -> str:
+    return f"{facts.unused} unused {_read(train)}"
 
 
 def _outside(window: str | None, now: float) -> str | None:

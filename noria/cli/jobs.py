@@ -27,7 +27,10 @@ Limit = Annotated[int, typer.Option(min=1, help="At most so many.")]
 @app.command(epilog="Example: noria retrain --wait --settings dpo.beta=0.2 --settings dpo.epochs=2")
 def retrain(
     ctx: typer.Context,
-    method: Annotated[str | None, typer.Option(help="dpo. Default: train.policy.method.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="dpo, simpo, orpo, cpo, kto or mpo (docs/methods.md). Default: train.policy.method."),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A setting under `train`, for this job only.")
@@ -35,7 +38,7 @@ def retrain(
     rollout: Annotated[str | None, typer.Option(help="none or direct. Default: train.policy.rollout.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Trains a new version from the preferences, now."""
+    """Trains a new version from the preferences (kto: from the thumbs), now."""
     with place(ctx).client() as client:
         job = client.create_job(method=method, settings=nested(settings or []), rollout=rollout)
         if wait:

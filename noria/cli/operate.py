@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from noria.cli.context import AsJson, place, print_fields, print_json, short, when
+from noria.methods.table import reads_of
 from noria.records import Json
 
 app = typer.Typer()
@@ -30,7 +31,7 @@ def status(ctx: typer.Context, as_json: AsJson = False) -> None:
         "live": told["live"],
         "serving": told["serving"],
         "previous": told["previous"],
-        "preferences": _preferences(told["preferences"]),
+        **_judgements(told),
         "trainer": _trainer(told["trainer"], told["job"]),
         "job": _job(told["job"]),
     }
@@ -56,7 +57,7 @@ def why(ctx: typer.Context, as_json: AsJson = False) -> None:
 
 def explain(told: Json, job: Json | None, made: Json | None, rollout: Json | None) -> dict[str, Json]:
     """The reasons, each with a `text` for people and the figures it was made of; `made` is the job's version."""
-    counts, trainer, running = told["preferences"], told["trainer"], told["job"]
+    trainer, running = told["trainer"], told["job"]
     if running:
         training = f"runs: {_job(running)}, asked for by {running.get('reason', 'an operator')}"
     elif not trainer["alive"]:
@@ -66,7 +67,7 @@ def explain(told: Json, job: Json | None, made: Json | None, rollout: Json | Non
         training = f"has not started: {reason.removeprefix('idle: ')}"
     parts: dict[str, Json] = {
         "training": {"text": training, "alive": trainer["alive"], "idle_reason": trainer.get("idle_reason")},
-        "preferences": {"text": _preferences(counts), **counts},
+        **{name: {"text": text, **told[name]} for name, text in _judgements(told).items()},
     }
     if job is not None:
         snapshot = snapshot_counts(job, made)
@@ -91,8 +92,15 @@ def _snapshot(counts: dict[str, int], job: Json) -> str:
     return f"{used or 'nothing used'}; left out: {left or 'none'}"
 
 
-def _preferences(counts: Json) -> str:
-    return f"{counts['unused']} unused of {counts['total']}; {counts['needed']} unused start a job"
+def _judgements(told: Json) -> dict[str, str]:
+    """Preferences and thumbs in words; those that the method of an automatic job reads start one."""
+    starting = reads_of(told.get("method", "dpo"))
+    found = {name: told[name] for name in ("preferences", "thumbs") if name in told}
+    return {
+        name: f"{counts['unused']} unused of {counts['total']}"
+        + (f"; {counts['needed']} unused start a job" if name == starting else "")
+        for name, counts in found.items()
+    }
 
 
 def _trainer(trainer: Json, job: Json | None) -> str:

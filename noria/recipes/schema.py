@@ -6,9 +6,11 @@ Must not import torch.
 | kind | trains by default | data | loss |
 |---|---|---|---|
 | vision | tower full | labels and boxes | cross-entropy of heads that are thrown away, and boxes |
+| words | aligner full | boxes that say a word | squared distance to the language model's embedding of the word |
 | align | aligner full | conversations | next token, answers only |
 | sft | aligner full, language model LoRA | conversations | next token, answers only |
-| dpo | language model LoRA | preferences | direct preference optimisation |
+| dpo, simpo, orpo, cpo, mpo | language model LoRA | preferences | the method's (docs/methods.md) |
+| kto | language model LoRA | answers with a verdict, or preferences | Kahneman-Tversky optimisation |
 | finetune | everything full at 1e-6 | conversations | next token, answers only |
 """
 
@@ -18,11 +20,13 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from noria.methods.preferences import CpoLoss, DpoLoss, KtoLoss, MpoLoss, OrpoLoss, PreferenceLoss, SimpoLoss
+from noria.methods.table import LABELLED_KINDS, PREFERENCE_KINDS, PreferenceMethod
 from noria.module_settings import PREFERENCE, ModulePolicies, Policy, PolicyDefaults, ResolvedPolicy, Section
 from noria.records import MODULES, Module
 from noria.settings import QuantizeSettings, VerifySettings
 
-StageKind = Literal["vision", "align", "sft", "dpo", "finetune"]
+StageKind = Literal["vision", "words", "align", "sft", "finetune", PreferenceMethod]
 DataFormat = Literal["auto", "noria", "openai", "ms-swift", "llama-factory", "trl", "llava", "image-text", "labels"]
 
 DECAY = 0.2  # the end of a `constant-linear` schedule: Hägele et al. 2024, https://arxiv.org/abs/2405.18392
@@ -36,10 +40,11 @@ def _defaults(policies: tuple[Policy, Policy, Policy], lora_rate: float = 1e-4, 
 
 KIND_DEFAULTS: dict[StageKind, PolicyDefaults] = {
     "vision": _defaults(("full", "frozen", "frozen"), vision_tower=1e-4),
+    "words": _defaults(("frozen", "full", "frozen"), aligner=2e-3),
     "align": _defaults(("frozen", "full", "frozen"), aligner=1e-3),
     "sft": _defaults(("frozen", "full", "lora")),
-    "dpo": PREFERENCE,
     "finetune": _defaults(("full", "full", "full"), vision_tower=1e-6, aligner=1e-6, language_model=1e-6),
+    **dict.fromkeys(PREFERENCE_KINDS, PREFERENCE),
 }
 
 
@@ -85,7 +90,7 @@ class RecipeStage(Section):
     """Samples in one forward; divides batch_size. None is 1 where samples are packed, else a divisor up to 4."""
     schedule: Literal["constant", "linear", "cosine", "constant-linear"] | None = None
     """How the learning rates go after the warm-up: stay, fall to nothing, or stay and then fall (`constant-linear`).
-    None is cosine; for `dpo` it is linear."""
+    None is cosine; for `dpo` and its kin it is linear."""
     decay_ratio: float | None = Field(None, gt=0, le=1)
     """Share of steps at the end over which a `constant-linear` schedule falls; none is 0.2."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
@@ -104,7 +109,19 @@ class RecipeStage(Section):
     checkpoint_every: int | None = Field(None, ge=1)
     """Steps between two checkpoints that an interrupted stage goes on from; none is 100."""
     beta: float | None = Field(None, gt=0)
-    """Strength of the pull to the reference, for `dpo` alone; none is 0.1."""
+    """`dpo.beta`, in short: strength of the pull to the reference, for `dpo` alone."""
+    dpo: DpoLoss | None = None
+    """The loss of a stage `dpo`, where it is not the plain one: `{loss_type = "ipo"}`."""
+    simpo: SimpoLoss | None = None
+    """The same for `simpo`."""
+    orpo: OrpoLoss | None = None
+    """The same for `orpo`."""
+    cpo: CpoLoss | None = None
+    """The same for `cpo`."""
+    kto: KtoLoss | None = None
+    """The same for `kto`."""
+    mpo: MpoLoss | None = None
+    """The same for `mpo`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What forward and backward compute in; what trains is float32 in any case. `auto` is bfloat16 weights on a GPU and
     float32 on a CPU. `bfloat16` on a CPU keeps float32 weights and computes under autocast, with eager attention: on
@@ -130,9 +147,18 @@ class RecipeStage(Section):
         for key, kinds, why in _IGNORED:
             value = getattr(self, key)
             if self.kind in kinds and value != type(self).model_fields[key].default:
-                raise ValueError(f"{key}={value!r} would be ignored: kind={self.kind!r} {why}")
+                told = key if isinstance(value, Section) else f"{key}={value!r}"
+                raise ValueError(f"{told} would be ignored: kind={self.kind!r} {why}")
+        self._require_one_loss()
         self._require_rates_in_order()
         return self
+
+    def _require_one_loss(self) -> None:
+        if self.beta is not None and self.dpo is not None and self.dpo.beta is not None:
+            raise ValueError(f"beta={self.beta} and dpo.beta={self.dpo.beta} say the same twice; drop one of the two")
+        if self.kind == "kto" and self.micro < 2:
+            told = "micro_batch_size=1" if self.micro_batch_size == 1 else f"batch_size={self.batch_size}"
+            raise ValueError(f"{told} contradicts kind='kto': its KL is over the answers of a forward, 2 at least")
 
     def _require_rates_in_order(self) -> None:
         if self.schedule != "constant-linear":
@@ -168,6 +194,14 @@ class RecipeStage(Section):
     def policies(self) -> dict[Module, ResolvedPolicy]:
         """Every module's policy, every value filled in. Raises ValueError where they contradict each other."""
         return self.modules.resolved(KIND_DEFAULTS[self.kind], only=self.only, under="")
+
+    @property
+    def loss(self) -> PreferenceLoss:
+        """The loss of a stage of a preference method, as it says or the method's plain one."""
+        stated: PreferenceLoss = getattr(self, self.kind) or _LOSSES[self.kind]()
+        if isinstance(stated, DpoLoss) and self.beta is not None:
+            return stated.model_copy(update={"beta": self.beta})
+        return stated
 
     @property
     def decay(self) -> float:
@@ -219,29 +253,49 @@ class Recipe(Section):
 
 
 _CONVERSATIONS: tuple[StageKind, ...] = ("align", "sft", "finetune")
+_LOSSES: dict[str, type[PreferenceLoss]] = {
+    "dpo": DpoLoss,
+    "simpo": SimpoLoss,
+    "orpo": OrpoLoss,
+    "cpo": CpoLoss,
+    "kto": KtoLoss,
+    "mpo": MpoLoss,
+}
+
+
+def _but(method: PreferenceMethod) -> tuple[StageKind, ...]:
+    """Every kind of stage but that of this method."""
+    return tuple(kind for kind in KIND_DEFAULTS if kind != method)
+
+
 _IGNORED: tuple[tuple[str, tuple[StageKind, ...], str], ...] = (
-    ("packing", ("vision", "dpo"), "reads no conversations"),
-    ("group_by_length", ("vision", "dpo"), "reads no conversations"),
-    ("keep_language", ("vision", "dpo"), "learns no conversations"),
-    ("beta", ("vision", *_CONVERSATIONS), "has no reference"),
-    ("head_learning_rate", ("dpo", *_CONVERSATIONS), "has no heads"),
-    ("precision", ("dpo",), "computes in the machine's own"),
+    ("packing", (*LABELLED_KINDS, *PREFERENCE_KINDS), "reads no conversations"),
+    ("group_by_length", (*LABELLED_KINDS, *PREFERENCE_KINDS), "reads no conversations"),
+    ("keep_language", (*LABELLED_KINDS, *PREFERENCE_KINDS), "learns no conversations"),
+    ("beta", (*LABELLED_KINDS, *_CONVERSATIONS), "has no reference"),
+    ("beta", tuple(kind for kind in PREFERENCE_KINDS if kind != "dpo"), "has a table of its own for it; say it there"),
+    ("head_learning_rate", ("words", *PREFERENCE_KINDS, *_CONVERSATIONS), "has no heads"),
+    ("precision", PREFERENCE_KINDS, "computes in the machine's own"),
+    *((method, _but(method), "has another loss") for method in PREFERENCE_KINDS),
 )
 _UNREACHED: dict[StageKind, tuple[Module, ...]] = {
     "vision": ("aligner", "language_model"),
+    "words": ("vision_tower", "language_model"),
     "align": (),
     "sft": (),
-    "dpo": ("vision_tower",),
     "finetune": (),
+    **dict.fromkeys(PREFERENCE_KINDS, ("vision_tower",)),
 }
 _WHY: dict[StageKind, str] = {
     "vision": "its heads read the tower alone, so this module must be frozen",
-    "dpo": "preference methods freeze the tower",
+    "words": "the aligner alone is held against the language model's embeddings, so this module must be frozen",
+    **dict.fromkeys(PREFERENCE_KINDS, "preference methods freeze the tower"),
 }
 _MUST_TRAIN: dict[StageKind, tuple[Module, ...]] = {
     "vision": ("vision_tower",),
+    "words": ("aligner",),
     "align": ("aligner",),
     "sft": ("aligner", "language_model", "vision_tower"),
-    "dpo": ("language_model", "aligner"),
     "finetune": MODULES,
+    **dict.fromkeys(PREFERENCE_KINDS, ("language_model", "aligner")),
 }

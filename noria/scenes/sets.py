@@ -1,9 +1,9 @@
 """Data sets of made pictures, as rows that any reader of training data understands.
 
-Comes in: a set's name (`scenes`, `digits`, `photos`, `text`), a stage's kind, a split, a seed. For the kind `vision` a
-set of pictures may have `-written` behind its name: what is true is then laid out as a text (`write_labels`).
-Goes out: rows: labels for the kind `vision`, conversations in OpenAI's shape for the others. The same call gives the
-same rows. Must not import Pillow or numpy.
+Comes in: a set's name (`scenes`, `digits`, `photos`, `text`), a stage's kind, a split, a seed. For the kinds `vision`
+and `words` a set of pictures may have `-written` behind its name: what is true is then laid out as a text
+(`write_labels`). Goes out: rows: labels for those kinds, conversations in OpenAI's shape for the others. The same call
+gives the same rows. Must not import Pillow or numpy.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator
 
 from noria.errors import InvalidRequest
+from noria.methods.table import LABELLED_KINDS
 from noria.records import Json
 from noria.scenes import handwriting, photos
 from noria.scenes.drawn.questions import WHICH_DIGIT, ask, caption, told
@@ -33,18 +34,18 @@ _TOLD = 0.15
 def rows(name: str, kind: str, *, split: str, count: int | None, seed: int) -> Iterator[Json]:
     """The rows of a set; `count` none is the set's own size. Raises InvalidRequest for an unknown set or split.
 
-    `vision` gives `{"image", "labels", "objects"}`, every other kind `{"messages"}`.
+    `vision` and `words` give `{"image", "labels", "objects"}`, every other kind `{"messages"}`.
     """
     if name not in SETS:
         raise InvalidRequest(f"no set is called {name!r}; there are {', '.join(SETS)}", param="source")
     if split not in SPLITS:
         raise InvalidRequest(f"the set {name!r} has no split {split!r}; there are {', '.join(SPLITS)}", param="split")
     if name == "text":
-        if kind == "vision":
-            raise InvalidRequest("the set 'text' has no pictures for a stage of kind vision", param="source")
+        if kind in LABELLED_KINDS:
+            raise InvalidRequest(f"the set 'text' has no pictures for a stage of kind {kind}", param="source")
         return replayed(count, seed)
-    if name.endswith(WRITTEN) and kind != "vision":
-        raise InvalidRequest(f"the set {name!r} is labels, for a stage of kind vision alone", param="source")
+    if name.endswith(WRITTEN) and kind not in LABELLED_KINDS:
+        raise InvalidRequest(f"the set {name!r} is labels, for stages of kind vision and words alone", param="source")
     pictures = name.removesuffix(WRITTEN)
     return _picture_rows(name, kind, split, DEFAULT_COUNT[pictures] if count is None else count, seed)
 
@@ -54,7 +55,7 @@ def _picture_rows(name: str, kind: str, split: str, count: int, seed: int) -> It
     for index in range(count):
         rng = random.Random(f"{pictures}/{split}/{seed}/{index}")  # noqa: S311 - no secret
         ref = _ref(pictures, split, seed, index, rng)
-        yield _label_row(ref, labels(ref)) if kind == "vision" else _dialogue(ref, kind, rng)
+        yield _label_row(ref, labels(ref)) if kind in LABELLED_KINDS else _dialogue(ref, kind, rng)
 
 
 def _ref(name: str, split: str, seed: int, index: int, rng: random.Random) -> str:

@@ -14,7 +14,7 @@ from sqlalchemy import delete, func, or_, select
 from noria.errors import InvalidRequest, NotFound
 from noria.records import Feedback, Json, Side
 from noria.store.completions import Order, Part, delete_all
-from noria.store.preferences import choice_row, insert_preference, page
+from noria.store.preferences import choice_row, insert_preference, page, used_by_a_job
 from noria.store.tables import choices, completions, feedback, preferences
 
 
@@ -90,6 +90,13 @@ class FeedbackStore(Part):
             query = query.where(feedback.c.annotator == annotator)
         with self._db.read() as conn:
             return [_feedback(row) for row in conn.execute(page(conn, query, feedback, after, limit, order))]
+
+    def thumb_counts(self) -> dict[str, int]:
+        """`total` of feedback with a thumb, and `unused`: those that no job has used, as of preferences."""
+        total = select(func.count()).select_from(feedback).where(feedback.c.thumb.is_not(None))
+        with self._db.read() as conn:
+            unused = conn.execute(total.where(~used_by_a_job(feedback))).scalar_one()
+            return {"total": conn.execute(total).scalar_one(), "unused": unused}
 
     def delete_feedback(self, id_: str) -> None:
         """Deletes feedback, and the preference that its edit made unless other feedback made it too."""

@@ -1,6 +1,7 @@
-"""What training reads: preferences resolved into pairs of texts, and the snapshots that freeze a choice of them.
+"""What training reads: preferences resolved into pairs of texts, thumbs with the answer they are about, and the
+snapshots that freeze a choice of either.
 
-Comes in: preferences, completions, `Snapshot` values. Goes out: (Preference, Pair) rows and snapshots.
+Comes in: preferences, feedback, completions, `Snapshot` values. Goes out: (Preference, Pair) rows, thumbs, snapshots.
 Must not import torch, vllm or fastapi.
 """
 
@@ -12,10 +13,10 @@ from typing import Any
 from sqlalchemy import Column, ColumnElement, FromClause, Row, func, select
 
 from noria.errors import NotFound
-from noria.records import Json, Pair, Preference, Snapshot, image_references
+from noria.records import Json, Pair, Preference, Snapshot, Thumb, image_references
 from noria.store.completions import Part
 from noria.store.preferences import preference_of, used_by_a_job
-from noria.store.tables import choices, completions, preferences, snapshot_items, snapshot_jobs, snapshots
+from noria.store.tables import choices, completions, feedback, preferences, snapshot_items, snapshot_jobs, snapshots
 
 PARTS = ("train", "held_out", "left_out")
 
@@ -57,6 +58,27 @@ class PairStore(Part):
         with self._db.read() as conn:
             return [(preference_of(row), _pair(row)) for row in conn.execute(query)]
 
+    def training_thumbs(self, exclude_used: bool = False) -> list[Thumb]:
+        """Every feedback with a thumb, oldest first, with the answer that it is about; `exclude_used` as for pairs."""
+        named = (choices.c.completion_id == feedback.c.completion_id) & (choices.c.index == feedback.c.index)
+        query = (
+            select(
+                feedback,
+                completions.c.messages,
+                completions.c.prompt_hash,
+                choices.c.text,
+                choices.c.finish_reason,
+            )
+            .join(completions, completions.c.id == feedback.c.completion_id)
+            .join(choices, named)
+            .where(feedback.c.thumb.is_not(None))
+            .order_by(feedback.c.seq)
+        )
+        if exclude_used:
+            query = query.where(~used_by_a_job(feedback))
+        with self._db.read() as conn:
+            return [_thumb(row) for row in conn.execute(query)]
+
     def add_snapshot(self, snapshot: Snapshot) -> None:
         """Stores a snapshot and notes that its job uses it. The same content again only adds the job."""
         row = {key: getattr(snapshot, key) for key in ("id", "created_at", "job_id", "counts")}
@@ -96,6 +118,20 @@ def _pair(row: Row[Any]) -> Pair | None:
         images=image_references(row.messages),
         chosen_cut=bool(row.chosen_cut),
         rejected_cut=bool(row.rejected_cut),
+    )
+
+
+def _thumb(row: Row[Any]) -> Thumb:
+    return Thumb(
+        feedback_id=row.id,
+        prompt_hash=row.prompt_hash,
+        messages=tuple(row.messages),
+        answer=row.text,
+        up=row.thumb == "up",
+        created_at=row.created_at,
+        annotator=row.annotator,
+        images=image_references(row.messages),
+        cut=row.finish_reason == "length",
     )
 
 

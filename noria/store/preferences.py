@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from sqlalchemy import Connection, Row, Select, and_, delete, exists, func, select
+from sqlalchemy import Connection, Row, Select, Table, and_, delete, exists, func, select
 
 from noria.errors import InvalidRequest, NotFound
 from noria.records import Json, Preference, Side, Verdict
@@ -120,17 +120,17 @@ class PreferenceStore(Part):
             return {"total": conn.execute(total).scalar_one(), "unused": conn.execute(unused).scalar_one()}
 
 
-def used_by_a_job() -> Any:
-    """SQL condition on `preferences`: in the snapshot of a job that runs or has succeeded."""
+def used_by_a_job(judgements: Table = preferences) -> Any:
+    """SQL condition on `preferences` or `feedback`: in the snapshot of a job that runs or has succeeded."""
     return (
         exists()
         .where(
-            snapshot_items.c.preference_id == preferences.c.id,
+            snapshot_items.c.preference_id == judgements.c.id,
             snapshot_jobs.c.snapshot_id == snapshot_items.c.snapshot_id,
             jobs.c.id == snapshot_jobs.c.job_id,
             jobs.c.state.in_(("running", "succeeded")),
         )
-        .correlate(preferences)
+        .correlate(judgements)
     )
 
 

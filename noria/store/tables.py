@@ -213,7 +213,8 @@ snapshots = Table(
     Column("counts", JsonText, nullable=False),
 )
 
-# `preference_id` has no foreign key: a snapshot keeps its ids when a preference is deleted later.
+# `preference_id` has no foreign key: a snapshot keeps its ids when a preference is deleted later. In the snapshot of a
+# job that learns from thumbs it is a feedback's id; the two kinds of ids differ.
 snapshot_items = Table(
     "snapshot_items",
     metadata,

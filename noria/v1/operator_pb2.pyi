@@ -211,7 +211,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("object", "live", "serving", "previous", "fingerprint", "in_flight", "preferences", "trainer", "job", "rollout", "completions", "capture")
+    __slots__ = ("object", "live", "serving", "previous", "fingerprint", "in_flight", "preferences", "trainer", "job", "rollout", "completions", "capture", "thumbs", "method")
     OBJECT_FIELD_NUMBER: _ClassVar[int]
     LIVE_FIELD_NUMBER: _ClassVar[int]
     SERVING_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +224,8 @@ class Status(_message.Message):
     ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
     CAPTURE_FIELD_NUMBER: _ClassVar[int]
+    THUMBS_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
     object: str
     live: str
     serving: str
@@ -236,9 +238,21 @@ class Status(_message.Message):
     rollout: RolloutState
     completions: int
     capture: CaptureCounts
-    def __init__(self, object: _Optional[str] = ..., live: _Optional[str] = ..., serving: _Optional[str] = ..., previous: _Optional[str] = ..., fingerprint: _Optional[str] = ..., in_flight: _Optional[int] = ..., preferences: _Optional[_Union[PreferenceCounts, _Mapping]] = ..., trainer: _Optional[_Union[TrainerStatus, _Mapping]] = ..., job: _Optional[_Union[Job, _Mapping]] = ..., rollout: _Optional[_Union[RolloutState, _Mapping]] = ..., completions: _Optional[int] = ..., capture: _Optional[_Union[CaptureCounts, _Mapping]] = ...) -> None: ...
+    thumbs: ThumbCounts
+    method: str
+    def __init__(self, object: _Optional[str] = ..., live: _Optional[str] = ..., serving: _Optional[str] = ..., previous: _Optional[str] = ..., fingerprint: _Optional[str] = ..., in_flight: _Optional[int] = ..., preferences: _Optional[_Union[PreferenceCounts, _Mapping]] = ..., trainer: _Optional[_Union[TrainerStatus, _Mapping]] = ..., job: _Optional[_Union[Job, _Mapping]] = ..., rollout: _Optional[_Union[RolloutState, _Mapping]] = ..., completions: _Optional[int] = ..., capture: _Optional[_Union[CaptureCounts, _Mapping]] = ..., thumbs: _Optional[_Union[ThumbCounts, _Mapping]] = ..., method: _Optional[str] = ...) -> None: ...
 
 class PreferenceCounts(_message.Message):
+    __slots__ = ("total", "unused", "needed")
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    UNUSED_FIELD_NUMBER: _ClassVar[int]
+    NEEDED_FIELD_NUMBER: _ClassVar[int]
+    total: int
+    unused: int
+    needed: int
+    def __init__(self, total: _Optional[int] = ..., unused: _Optional[int] = ..., needed: _Optional[int] = ...) -> None: ...
+
+class ThumbCounts(_message.Message):
     __slots__ = ("total", "unused", "needed")
     TOTAL_FIELD_NUMBER: _ClassVar[int]
     UNUSED_FIELD_NUMBER: _ClassVar[int]

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from noria.errors import Conflict, InvalidRequest
+from noria.methods.table import METHODS, Reads, reads_of, refuse_foreign
 from noria.records import Job, Json
 from noria.registry import Registry
 from noria.settings import PolicySettings, Settings, TrainSettings, override_train
@@ -20,7 +21,6 @@ from noria.store import Store
 from serve.api.ports import Capture, Gate
 from serve.api.schemas import JobBody, JobPage, Page, RolloutBody, cut, parse
 
-METHODS: tuple[str, ...] = typing.get_args(PolicySettings.model_fields["method"].annotation)
 AFTER_JOB: tuple[str, ...] = typing.get_args(PolicySettings.model_fields["rollout"].annotation)
 STRATEGIES = ("direct",)
 DAEMON_KEYS = ("policy", "lease_s", "poll_s")  # the daemon reads them before any job: an override would do nothing
@@ -41,10 +41,10 @@ class Operations:
         self._settings = settings
 
     async def create_job(self, body: Mapping[str, Any]) -> Json:
-        """Queues a job. Raises InvalidRequest, SettingsError (both name the field), Conflict (too few pairs)."""
+        """Queues a job. Raises InvalidRequest, SettingsError (both name the field), Conflict (too few judgements)."""
         asked = parse(JobBody, body)
         policy = self._settings.train.policy
-        method = one_of("method", asked.method or policy.method, METHODS)
+        method = one_of("method", asked.method or policy.method, tuple(METHODS))
         rollout = one_of("rollout", asked.rollout or policy.rollout, AFTER_JOB)
         for key in DAEMON_KEYS:
             if key in asked.settings:
@@ -52,8 +52,9 @@ class Operations:
                     f"settings.{key}: belongs to the trainer daemon, not to one job; set train.{key} in noria.toml",
                     param=f"settings.{key}",
                 )
+        refuse_foreign(method, asked.settings)
         train = override_train(self._settings.train, asked.settings)
-        await self._enough_pairs(train)
+        await self._enough(method, train)
         job = await asyncio.to_thread(self._store.create_job, method, asked.settings, rollout, "operator")
         return job.to_wire()
 
@@ -153,6 +154,8 @@ class Operations:
             "fingerprint": self._gate.current.fingerprint,
             "in_flight": self._gate.in_flight,
             "preferences": {**store.preference_counts(), "needed": policy.min_preferences},
+            "thumbs": {**store.thumb_counts(), "needed": policy.min_preferences},
+            "method": policy.method,
             "trainer": {"alive": newest is not None, "idle_reason": idle_reason(newest.info if newest else None)},
             "job": jobs[0].to_wire() if jobs else None,
             "rollout": rollouts[0].to_wire() if rollouts else None,
@@ -171,29 +174,33 @@ class Operations:
         rollout = await asyncio.to_thread(self._store.create_rollout, version_id, "direct")
         return rollout.to_wire()
 
-    async def _enough_pairs(self, train: TrainSettings) -> None:
-        unused = train.preferences == "unused"
-        judged = await asyncio.to_thread(self._store.training_pairs, exclude_used=unused)
-        pairs = sum(pair is not None for _, pair in judged)
-        if pairs < train.min_pairs:
-            kind = "unused training pairs" if unused else "training pairs"
+    async def _enough(self, method: str, train: TrainSettings) -> None:
+        """Raises Conflict where what the method reads is too little, or a job before it will take that."""
+        unused, reads = train.preferences == "unused", METHODS[method].reads
+        if reads == "thumbs":
+            count = len(await asyncio.to_thread(self._store.training_thumbs, exclude_used=unused))
+            kind, code = "answers with a thumb", "too_few_thumbs"
+        else:
+            judged = await asyncio.to_thread(self._store.training_pairs, exclude_used=unused)
+            count, kind, code = sum(pair is not None for _, pair in judged), "training pairs", "too_few_preferences"
+        if count < train.min_pairs:
             more = ', or train on every one again (settings.preferences="all")' if unused else ""
             raise Conflict(
-                f"{pairs} {kind} are stored and a job needs at least {train.min_pairs} (train.min_pairs): record more "
-                f"preferences, or lower settings.min_pairs for this job{more}",
+                f"{count} {'unused ' if unused else ''}{kind} are stored and a job needs at least {train.min_pairs} "
+                f"(train.min_pairs): record more {reads}, or lower settings.min_pairs for this job{more}",
                 param="settings.min_pairs",
-                code="too_few_preferences",
+                code=code,
             )
         if unused:
-            await asyncio.to_thread(self._nobody_takes_them)
+            await asyncio.to_thread(self._nobody_takes_them, reads)
 
-    def _nobody_takes_them(self) -> None:
+    def _nobody_takes_them(self, reads: Reads) -> None:
         waiting = [*self._store.list_jobs(WHOLE, state="queued"), *self._store.list_jobs(1, state="running")]
         for job in waiting:
-            if "snapshot" not in job.done:
+            if "snapshot" not in job.done and reads_of(job.method) == reads:
                 raise Conflict(
                     f"job {job.id} is {job.state} and has not taken its snapshot yet: it will take the unused "
-                    f"preferences; wait until it has, or cancel it",
+                    f"{reads}; wait until it has, or cancel it",
                     param="settings.preferences",
                     code="preferences_taken",
                 )

@@ -66,7 +66,10 @@ def test_event_streams_say_when_there_is_no_more(system: System) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [
-        ({"method": "kto"}, "INVALID_ARGUMENT", "method"),
+        ({"method": "ppo"}, "INVALID_ARGUMENT", "method"),
+        ({"method": "simpo", "settings": {"dpo": {"beta": 1}}}, "INVALID_ARGUMENT", "settings.dpo"),
+        ({"method": "kto", "settings": {"kto": {"gamma": 1}}}, "INVALID_ARGUMENT", "settings.kto.gamma"),
+        ({"method": "kto", "settings": {"min_pairs": 5000}}, "FAILED_PRECONDITION", "settings.min_pairs"),
         ({"rollout": "canary"}, "INVALID_ARGUMENT", "rollout"),
         ({"settings": {"dpo": {"betta": 1}}}, "INVALID_ARGUMENT", "settings.dpo.betta"),
         ({"settings": {"dpo": {"beta": -1}}}, "INVALID_ARGUMENT", "settings.dpo.beta"),
@@ -83,7 +86,31 @@ def test_a_wrong_job_is_refused_alike(system: System, body: Json, status: str, p
 
 def test_a_bad_method_lists_the_good_ones(door: Door) -> None:
     """The refusal says what can be asked for now."""
-    assert refusal_of(door.retrain, {"method": "kto"}).message == "method: 'kto' is not supported; supported now: dpo"
+    told = refusal_of(door.retrain, {"method": "ppo"}).message
+    assert told.startswith("method: 'ppo' is not supported; supported now: dpo, simpo, orpo, cpo, kto, mpo")
+
+
+@pytest.mark.usefixtures("judged")
+@pytest.mark.parametrize("method", ["simpo", "orpo", "cpo", "mpo"])
+def test_every_pair_method_is_a_job(door: Door, other: Door, method: str) -> None:
+    """With settings of its own, kept as they were asked."""
+    settings = {"min_pairs": 1, "preferences": "all", method: {"beta": 0.25, "epochs": 2}}
+    job = door.retrain({"method": method, "settings": settings, "rollout": "none"})
+    assert [job["method"], job["settings"]] == [method, settings]
+    assert other.cancel(job["id"])["state"] == "cancelled"
+
+
+def test_thumbs_are_counted_and_kto_is_a_job(system: System, door: Door, other: Door) -> None:
+    """One thumb more is one unused thumb more, on both doors."""
+    before = plain(door.status()["thumbs"])
+    id_ = system.http.chat("big or small?", temperature=1, seed=6, max_tokens=8)["id"]
+    door.feedback({"completion_id": id_, "index": 0, "thumb": "up"})
+    after = plain(other.status()["thumbs"])
+    assert [after[name] - before.get(name, 0) for name in ("total", "unused")] == [1, 1]
+    settings = {"min_pairs": 1, "kto": {"desirable_weight": 1.5}}
+    job = door.retrain({"method": "kto", "settings": settings, "rollout": "none"})
+    assert [job["method"], job["settings"]] == ["kto", settings]
+    assert other.cancel(job["id"])["state"] == "cancelled"
 
 
 def test_versions_are_the_same(system: System) -> None:
@@ -142,7 +169,8 @@ def test_status_is_the_same(system: System) -> None:
     assert http["trainer"]["alive"] is False
     assert "noria train" in http["trainer"]["idle_reason"]
     assert http["capture"]["dropped"] == 0
-    for key in ("live", "serving", "fingerprint", "preferences", "trainer"):
+    assert [http["thumbs"]["needed"], http["method"]] == [200, "dpo"]
+    for key in ("live", "serving", "fingerprint", "preferences", "thumbs", "method", "trainer"):
         assert plain(grpc_[key]) == plain(http[key])
 
 

@@ -76,6 +76,28 @@ def test_status_for_people_and_for_programs(run: Run) -> None:
     assert (code, json.loads(out)) == (0, told)
 
 
+@pytest.mark.parametrize(
+    ("method", "preferences", "thumbs"),
+    [
+        ("dpo", "40 unused of 50; 200 unused start a job", "7 unused of 9"),
+        ("kto", "40 unused of 50", "7 unused of 9; 200 unused start a job"),
+    ],
+)
+def test_status_and_why_say_which_judgements_start_a_job(run: Run, method: str, preferences: str, thumbs: str) -> None:
+    told = status(thumbs={"total": 9, "unused": 7, "needed": 200}, method=method)
+    answers: dict[str, Answer] = {
+        "GET /noria/v1/status": told,
+        "GET /noria/v1/jobs": page(),
+        "GET /noria/v1/rollouts": page(),
+    }
+    for command in ("status", "why"):
+        _, out, _ = run(command, answers=answers)
+        lines = dict(line.split(None, 1) for line in out.splitlines())
+        assert (lines["preferences"], lines["thumbs"]) == (preferences, thumbs)
+    parts = json.loads(run("why", "--json", answers=answers)[1])
+    assert parts["thumbs"] == {"text": thumbs, "total": 9, "unused": 7, "needed": 200}
+
+
 def test_no_server_is_one_line_and_exit_7(capsys: pytest.CaptureFixture[str], free_port: int) -> None:
     assert call(["--url", f"http://127.0.0.1:{free_port}", "status"]) == 7
     out, err = capsys.readouterr()
@@ -144,6 +166,14 @@ def test_retrain_asks_for_what_was_said(run: Run) -> None:
     assert (code, out) == (0, "job_1 queued\n")
     settings = {"dpo": {"beta": 0.2}, "modules": {"language_model": {"rank": 8}}}
     body = {"method": "dpo", "settings": settings, "rollout": "none"}
+    assert run.asked == [("POST /noria/v1/jobs", body)]  # type: ignore[attr-defined]
+
+
+def test_retrain_names_any_method_with_its_settings(run: Run) -> None:
+    given = ["--method", "kto", "--settings", "kto.desirable_weight=1.5"]
+    code, _, _ = run("retrain", *given, answers={"POST /noria/v1/jobs": job("queued", method="kto")})
+    assert code == 0
+    body = {"method": "kto", "settings": {"kto": {"desirable_weight": 1.5}}}
     assert run.asked == [("POST /noria/v1/jobs", body)]  # type: ignore[attr-defined]
 
 

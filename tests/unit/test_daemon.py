@@ -75,6 +75,26 @@ def test_idleness_is_told_in_plain_words(policy: Json, now: Json, why: str) -> N
     assert decide(train(**policy), facts(**now)) == Decision(False, why)
 
 
+@pytest.mark.parametrize(
+    ("now", "why"),
+    [
+        ({"unused": 37}, "idle: 37 of 200 unused thumbs"),
+        (
+            {"pairs": 3},
+            "idle: 200 unused thumbs make 3 training answers, 8 are needed (train.min_pairs); "
+            "the others are duplicate, contradictory, unusable or held out",
+        ),
+        (
+            {"pairs": 90, "one_sided": True},
+            "idle: 200 unused thumbs are all up or all down: thumbs of both kinds are needed",
+        ),
+    ],
+)
+def test_a_method_that_learns_from_thumbs_waits_for_thumbs(now: Json, why: str) -> None:
+    assert decide(train(method="kto"), facts(**now)) == Decision(False, why)
+    assert decide(train(method="kto"), facts(pairs=90)).start
+
+
 def test_the_interval_ends_and_the_window_opens() -> None:
     assert decide(train(min_interval_s=600), facts(last_automatic_at=NOON - 600)).start
     opened = decide(train(window="* 12 * * 3"), facts())
@@ -160,6 +180,25 @@ def test_judgements_that_make_no_pairs_start_nothing(home: Settings, store: Stor
     decision = trainer(home, store, lambda t, job: "succeeded").consider()
     assert decision.idle_reason is not None
     assert decision.idle_reason.startswith("idle: 2 unused preferences make 0 training pairs, 1 are needed")
+
+
+def test_the_policy_of_kto_counts_thumbs_of_both_kinds(home: Settings, store: Store) -> None:
+    """Preferences do not start it, nor thumbs that are all up."""
+    policy = home.train.policy.model_copy(update={"method": "kto"})
+    home = home.model_copy(update={"train": home.train.model_copy(update={"policy": policy})})
+    ran: list[str] = []
+    one = trainer(home, store, lambda t, job: run_job(job_context(t, job), stages(ran)))
+    for number in range(3):
+        judge(store, number)
+    assert one.consider().idle_reason == "idle: 0 of 2 unused thumbs"
+    for number in range(2):
+        store.add_feedback(f"chatcmpl-{number}", 0, thumb="up")
+    reason = one.consider().idle_reason
+    assert reason == "idle: 2 unused thumbs are all up or all down: thumbs of both kinds are needed"
+    store.add_feedback("chatcmpl-2", 0, thumb="down")
+    assert one.step()  # creates
+    assert one.step()  # claims and runs
+    assert [(job.method, job.state) for job in store.list_jobs()] == [("kto", "succeeded")]
 
 
 def test_the_operators_job_goes_before_the_policy(home: Settings, store: Store) -> None:

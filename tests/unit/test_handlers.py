@@ -198,16 +198,52 @@ async def test_used_pairs_count_only_when_asked_for(bench: Bench) -> None:
 
 async def test_a_job_refuses_what_it_cannot_do(bench: Bench) -> None:
     """Each refusal names the field and what is right."""
-    error = await refusal(bench.handlers.create_job({"method": "grpo"}))
-    assert (error.param, error.message) == ("method", "method: 'grpo' is not supported; supported now: dpo")
+    error = await refusal(bench.handlers.create_job({"method": "ppo"}))
+    assert error.param == "method"
+    assert error.message.startswith("method: 'ppo' is not supported; supported now: dpo, simpo, orpo, cpo, kto, mpo")
     error = await refusal(bench.handlers.create_job({"rollout": "canary"}))
     assert error.message == "rollout: 'canary' is not supported; supported now: none, direct"
     error = await refusal(bench.handlers.create_job({"settings": {"dpo": {"betta": 1}}}))
     assert isinstance(error, SettingsError)
     assert error.param == "settings.dpo.betta"
+    error = await refusal(bench.handlers.create_job({"method": "simpo", "settings": {"dpo": {"beta": 0.2}}}))
+    assert isinstance(error, SettingsError)
+    assert error.param == "settings.dpo"
+    assert error.message == (
+        "settings.dpo would be ignored: method='simpo' reads settings.simpo; drop it, or ask for method='dpo'"
+    )
+    unfit = {"dpo": {"loss_type": "hinge", "label_smoothing": 0.1}}
+    error = await refusal(bench.handlers.create_job({"settings": unfit}))
+    assert "dpo.label_smoothing=0.1 would be ignored: dpo.loss_type='hinge'" in error.message
     error = await refusal(bench.handlers.create_job({"settings": {"poll_s": 3}}))
     assert error.param == "settings.poll_s"
     assert bench.store.list_jobs() == []
+
+
+async def test_each_method_has_its_own_settings(bench: Bench) -> None:
+    for id_ in ("c1", "c2"):
+        bench.pair(id_)
+    for method, own in (("simpo", {"gamma": 0.5}), ("orpo", {"beta": 0.2}), ("cpo", {}), ("mpo", {"beta": 0.3})):
+        asked = {method: own, "preferences": "all"}
+        job = await bench.handlers.create_job({"method": method, "settings": asked})
+        assert (job["method"], job["settings"]) == (method, asked)
+
+
+async def test_kto_counts_thumbs_and_leaves_preferences_to_the_others(bench: Bench) -> None:
+    """Too few are refused with numbers; a job that waits takes what its own method reads."""
+    for id_ in ("c1", "c2"):
+        bench.pair(id_)
+    error = await refusal(bench.handlers.create_job({"method": "kto"}))
+    assert (type(error), error.code, error.param) == (Conflict, "too_few_thumbs", "settings.min_pairs")
+    assert error.message.startswith("0 unused answers with a thumb are stored and a job needs at least 2")
+    bench.store.add_feedback("c1", 0, thumb="up")
+    bench.store.add_feedback("c2", 0, thumb="down")
+    assert (await bench.handlers.create_job({}))["method"] == "dpo"
+    assert (await bench.handlers.create_job({"method": "kto"}))["state"] == "queued"
+    error = await refusal(bench.handlers.create_job({"method": "kto"}))
+    assert "it will take the unused thumbs" in error.message
+    status = await bench.handlers.status()
+    assert (status["thumbs"], status["method"]) == ({"total": 2, "unused": 2, "needed": 200}, "dpo")
 
 
 async def test_an_ended_job_cannot_be_cancelled(bench: Bench) -> None:

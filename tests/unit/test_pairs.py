@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_dpo import load_image, pair
+from tests.unit.preferences.material import load_image, pair
 from train.data.pairs import PairRenderer
 from train.data.render import ChatRenderer
 from train.methods.policy_model import load_processor

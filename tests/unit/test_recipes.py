@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from noria.errors import NotFound, SettingsError
+from noria.methods.preferences import SETTINGS
+from noria.methods.table import PREFERENCE_KINDS
 from noria.recipes import load_recipe, parse_recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "deploy/settings/recipes").glob("*.toml"))
@@ -28,7 +30,7 @@ def tree(kind: str = "sft", **more: Any) -> dict[str, Any]:
         ("vision", [("full", 1e-4), ("frozen", 0), ("frozen", 0)]),
         ("align", [("frozen", 0), ("full", 1e-3), ("frozen", 0)]),
         ("sft", [("frozen", 0), ("full", 2e-5), ("lora", 1e-4)]),
-        ("dpo", [("frozen", 0), ("frozen", 0), ("lora", 5e-5)]),
+        *((kind, [("frozen", 0), ("frozen", 0), ("lora", 5e-5)]) for kind in PREFERENCE_KINDS),
         ("finetune", [("full", 1e-6), ("full", 1e-6), ("full", 1e-6)]),
     ],
 )
@@ -66,6 +68,20 @@ def test_what_is_said_of_one_module_leaves_the_others_as_they_are() -> None:
         ("sft", {"modules": {"vision_tower": {"rank": 4}}}, r"modules\.vision_tower\.rank=4 contradicts"),
         ("vision", {"packing": True}, r"packing=True would be ignored: kind='vision'"),
         ("sft", {"beta": 0.1}, r"beta=0\.1 would be ignored: kind='sft' has no reference"),
+        ("simpo", {"beta": 0.1}, r"beta=0\.1 would be ignored: kind='simpo' has a table of its own"),
+        ("simpo", {"dpo": {"beta": 0.1}}, r"dpo would be ignored: kind='simpo' has another loss"),
+        ("sft", {"kto": {"beta": 0.1}}, r"kto would be ignored: kind='sft' has another loss"),
+        ("mpo", {"mpo": {"gamma": 0.1}}, r"stages\.eyes\.mpo\.gamma: .*\(unknown key\)"),
+        ("dpo", {"beta": 0.1, "dpo": {"beta": 0.2}}, r"beta=0\.1 and dpo\.beta=0\.2 say the same twice"),
+        (
+            "dpo",
+            {"dpo": {"loss_type": "ipo", "label_smoothing": 0.1}},
+            r"dpo\.label_smoothing=0\.1.*dpo\.loss_type='ipo'",
+        ),
+        ("kto", {"micro_batch_size": 1}, r"micro_batch_size=1 contradicts kind='kto'"),
+        ("kto", {"batch_size": 1}, r"batch_size=1 contradicts kind='kto'"),
+        ("kto", {"modules": {"vision_tower": "full"}}, r"vision_tower\.policy='full' contradicts kind='kto'"),
+        ("orpo", {"packing": True}, r"packing=True would be ignored: kind='orpo'"),
         ("dpo", {"precision": "bfloat16"}, r"precision='bfloat16' would be ignored: kind='dpo'"),
         ("sft", {"precision": "float16"}, r"stages\.eyes\.precision: Input should be 'auto'"),
         ("sft", {"decay_ratio": 0.2}, r"decay_ratio=0\.2 would be ignored: schedule=None"),
@@ -125,6 +141,21 @@ def test_a_recipe_survives_its_job() -> None:
     again = parse_recipe(recipe.model_dump(mode="json", exclude_defaults=True))
     assert again == recipe
     assert again.stages[0].micro == 1
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_KINDS)
+def test_a_preference_stage_has_its_methods_loss(kind: Any) -> None:
+    """The defaults are those of the settings; a table changes it."""
+    stage = parse_recipe(tree(kind)).stages[0]
+    told = stage.loss.model_dump()
+    assert stage.loss.method == kind
+    assert told.items() <= SETTINGS[kind]().model_dump().items()
+    assert parse_recipe(tree(kind, **{kind: {"beta": 0.7}})).stages[0].loss.model_dump() == {**told, "beta": 0.7}
+
+
+def test_beta_of_a_dpo_stage_is_short_for_its_table() -> None:
+    stage = parse_recipe(tree("dpo", beta=0.7, dpo={"loss_type": "hinge"})).stages[0]
+    assert stage.loss.model_dump(exclude_none=True) == {"loss_type": "hinge", "beta": 0.7, "nll_weight": 0.0}
 
 
 def test_every_family_has_a_recipe() -> None:

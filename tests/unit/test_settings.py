@@ -54,6 +54,8 @@ def test_everything_lies_in_the_home(tmp_path: Path) -> None:
         ("[servr]\nhttp_port = 1\n", "servr"),
         ("[server]\nhttp_port = 70000\n", "server.http_port"),
         ("[train.dpo]\nbeta = -1\n", "train.dpo.beta"),
+        ("[train.simpo]\nnll_wait = 1\n", "train.simpo.nll_wait"),
+        ("[train.kto]\nmicro_batch_size = 1\n", "train.kto.micro_batch_size"),
     ],
 )
 def test_a_wrong_key_is_named(tmp_path: Path, toml: str, key: str) -> None:
@@ -90,6 +92,19 @@ def test_files_are_shipped() -> None:
     ("flags", "names"),
     [
         ({"train": {"dpo": {"batch_size": 5, "micro_batch_size": 2}}}, ("dpo.batch_size=5", "dpo.micro_batch_size=2")),
+        ({"train": {"kto": {"batch_size": 9, "micro_batch_size": 2}}}, ("kto.batch_size=9", "kto.micro_batch_size=2")),
+        (
+            {"train": {"dpo": {"loss_type": "sigmoid_norm", "label_smoothing": 0.1}}},
+            ("dpo.label_smoothing=0.1", "dpo.loss_type='sigmoid_norm'"),
+        ),
+        (
+            {"train": {"dpo": {"loss_type": "robust", "label_smoothing": 0}}},
+            ("dpo.label_smoothing=0", "dpo.loss_type='robust'"),
+        ),
+        (
+            {"train": {"mpo": {"preference_weight": 0, "quality_weight": 0}}},
+            ("mpo.preference_weight=0", "mpo.quality_weight=0"),
+        ),
         ({"train": {"modules": {"vision_tower": "full"}}}, ("train.modules.vision_tower", "train.policy.method")),
         ({"train": {"modules": {"language_model": "frozen", "aligner": "full"}}}, ("language_model", "train.policy")),
         ({"train": {"only": "aligner"}}, ("train.only", "train.policy.method")),
@@ -100,6 +115,22 @@ def test_a_conflict_names_both_keys(flags: dict[str, object], names: tuple[str, 
     with pytest.raises(SettingsError) as refused:
         load_settings(**flags)
     assert all(name in refused.value.message for name in names)
+
+
+@pytest.mark.parametrize(
+    ("dpo", "filled_in"),
+    [
+        ({}, (0.1, 0.0)),
+        ({"loss_type": "ipo"}, (0.1, 0.0)),
+        ({"loss_type": "robust"}, (0.1, 0.1)),
+        ({"loss_type": "sigmoid_norm"}, (5.0, 0.0)),
+        ({"loss_type": "sigmoid_norm", "beta": 2.0}, (2.0, 0.0)),
+        ({"loss_type": "robust", "label_smoothing": 0.3}, (0.1, 0.3)),
+    ],
+)
+def test_what_is_not_said_of_dpo_is_its_losss_default(dpo: dict[str, object], filled_in: tuple[float, float]) -> None:
+    found = load_settings(train={"dpo": dpo}).train.dpo
+    assert (found.strength, found.smoothing) == filled_in
 
 
 def test_the_tree_is_frozen_and_keeps_its_secret() -> None:

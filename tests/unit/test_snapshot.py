@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
-from noria.records import Pair, Preference, Side, Verdict
-from train.data.snapshot import LEFT_OUT, Row, content_hash, freeze, is_held_out, pair_digest, select
+from noria.records import BLOB_SCHEME, Json, Pair, Preference, Side, Thumb, Verdict
+from train.data.snapshot import (
+    LEFT_OUT,
+    LEFT_OUT_THUMBS,
+    Row,
+    content_hash,
+    freeze,
+    is_held_out,
+    row_digest,
+    select,
+    select_thumbs,
+)
 
 
 def row(
@@ -145,7 +156,7 @@ def test_a_pairs_digest_covers_prompt_and_both_texts() -> None:
     assert pair is not None
     replace = dataclasses.replace
     others = [replace(pair, prompt_hash="z"), replace(pair, chosen="z"), replace(pair, rejected="z")]
-    assert len({pair_digest(one) for one in [pair, *others]}) == 4
+    assert len({row_digest(one) for one in [pair, *others]}) == 4
 
 
 ROWS = st.lists(
@@ -179,3 +190,70 @@ def test_counts_add_up_and_order_does_not_matter(rows: list[Row], share: float, 
     assert len(set(questions)) == len(questions)
     moved = rows[turn:][::-1] + rows[:turn]
     assert select(moved, held_out=share, unfit=unfit) == selection
+
+
+def thumb(number: int, up: bool = True, answer: str = "good", **more: Any) -> Thumb:
+    """Thumb `number`, given at second `number`."""
+    values = {"prompt_hash": "p0", "messages": ({"role": "user", "content": "p0"},), "annotator": "ann", **more}
+    return Thumb(f"fb_{number:03}", answer=answer, up=up, created_at=float(number), **values)
+
+
+def told(rows: list[Thumb], held_out: float = 0.0) -> tuple[list[tuple[str, bool]], dict[str, int]]:
+    """Ids and directions of what is kept, and the counts that are not 0."""
+    found = select_thumbs(rows, held_out=held_out)
+    return [(one.feedback_id, one.up) for one in found.train], {name: n for name, n in found.counts.items() if n}
+
+
+def test_a_thumb_on_each_answer_is_kept() -> None:
+    """Two answers to one prompt are two questions, and so is one text under two prompts."""
+    rows = [thumb(1), thumb(2, False, "bad"), thumb(3, False, prompt_hash="p1")]
+    kept = [("fb_001", True), ("fb_002", False), ("fb_003", False)]
+    assert told(rows) == (kept, {"total": 3, "used": 3})
+
+
+def test_annotators_vote_on_an_answer_and_their_newest_thumb_counts() -> None:
+    assert told([thumb(1), thumb(2, False)]) == ([("fb_002", False)], {"total": 2, "used": 1, "contradictory": 1})
+    others = [thumb(3, annotator="b"), thumb(4, annotator="c"), thumb(5, False, annotator="d")]
+    assert told(others) == ([("fb_003", True)], {"total": 3, "used": 1, "duplicate": 1, "contradictory": 1})
+    split = [thumb(1, annotator=None), thumb(2, False, annotator=None)]
+    assert told(split) == ([], {"total": 2, "contradictory": 2})
+
+
+def test_blank_and_unreadable_answers_are_left_out_and_counted() -> None:
+    far: Json = {"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}
+    near: Json = {"type": "image_url", "image_url": {"url": BLOB_SCHEME + "a" * 64}}
+    rows = [
+        thumb(1, answer=" "),
+        *(thumb(n, messages=({"role": "user", "content": [p]},)) for n, p in ((2, far), (3, near))),
+    ]
+    assert told(rows) == ([("fb_003", True)], {"total": 3, "used": 1, "empty": 1, "unreadable": 1})
+    long = select_thumbs(
+        [thumb(1), thumb(2, answer="x")], held_out=0.0, unfit=lambda one: "too_long" if one.answer == "x" else None
+    )
+    assert (long.counts["too_long"], long.left_out) == (1, ("fb_002",))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from("abc"), st.sampled_from("pqr"), st.sampled_from(["x", None]))))
+@settings(max_examples=60)
+def test_every_thumb_lands_in_one_count_and_a_prompt_on_one_side(
+    drawn: list[tuple[bool, str, str, str | None]],
+) -> None:
+    rows = [
+        thumb(n, up, answer, prompt_hash=prompt, annotator=who) for n, (up, answer, prompt, who) in enumerate(drawn)
+    ]
+    found = select_thumbs(rows, held_out=0.5)
+    assert set(found.counts) == {"total", "used", "held_out", *LEFT_OUT_THUMBS}
+    assert found.counts["total"] == len(rows) == sum(n for name, n in found.counts.items() if name != "total")
+    assert len(found.left_out) + len(found.train) + len(found.held_out) == len(rows)
+    assert {one.prompt_hash for one in found.train}.isdisjoint(one.prompt_hash for one in found.held_out)
+    assert select_thumbs(reversed(rows), held_out=0.5) == found
+
+
+def test_a_snapshot_of_thumbs_is_its_content() -> None:
+    rows = [thumb(1), thumb(2, False, "bad")]
+    frozen = freeze(select_thumbs(rows, held_out=0.0), job_id="job_1", created_at=5.0)
+    assert (frozen.train, frozen.id[:5]) == (("fb_001", "fb_002"), "snap_")
+    changed = [dataclasses.replace(rows[0], up=False), dataclasses.replace(rows[0], cut=True)]
+    assert len({row_digest(one) for one in [rows[0], *changed, rows[1]]}) == 4
+    other = freeze(select_thumbs([changed[1], rows[1]], held_out=0.0), job_id="job_1", created_at=5.0)
+    assert other.id != frozen.id

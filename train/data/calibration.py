@@ -1,34 +1,36 @@
 """Which conversations GPTQ is calibrated on, and which ones the artefact is verified on.
 
-Comes in: the snapshot's pairs and recent completions. Goes out: references that a restart finds again, and the
-samples themselves. References and not texts are kept: what a user has deleted since is left out. So is what shows
+Comes in: the snapshot's pairs, or thumbs, and recent completions. Goes out: references that a restart finds again, and
+the samples themselves. References and not texts are kept: what a user has deleted since is left out. So is what shows
 anything but text and stored pictures.
 Must not import torch.
 
 The recipe: chosen answers of training pairs first, evenly spread over them, since that is what the new policy is to
 say; recent finished answers to prompts of the training side fill up. Verification takes held-out pairs; where there
-are too few, recent conversations that calibration did not take; where none are left, calibration's own, and says so.
+are too few, recent conversations that calibration did not take; where none are left, calibration's own, and says so. Of
+thumbs, the answers with a thumb up stand for the chosen ones.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from noria.errors import NotFound
-from noria.records import Completion, Json, Pair, image_references
+from noria.records import Completion, Json, Pair, Thumb, image_references
 from train.data.render import is_readable
 from train.data.samples import LoadImage
 from train.export.rendering import CalibrationSample
 
+Row = Pair | Thumb
 RECIPE = "chosen answers of training pairs, evenly spread, then recent completions of prompts that are not held out"
 
 
 def choose(
-    train: Sequence[Pair],
-    held_out: Sequence[Pair],
+    train: Sequence[Row],
+    held_out: Sequence[Row],
     recent: Sequence[Completion],
     counts: tuple[int, int],
     aside: Callable[[str], bool],
@@ -38,14 +40,15 @@ def choose(
     `aside` says of a prompt's hash that it is held out: calibration never sees such a prompt.
     """
     wanted, checked = counts
+    train, held_out = _good(train), _good(held_out)
     half = wanted if not recent else max(1, (wanted + 1) // 2)
-    calibration = [_of_pair(pair) for pair in _spread(train, half)]
+    calibration = [_of_row(row) for row in _spread(train, half)]
     answered, unreadable = usable(recent)
     others = [of_completion(one) for one in answered]
     calibration += [of_completion(one) for one in answered if not aside(one.prompt_hash)][: wanted - len(calibration)]
-    calibration += [_of_pair(pair) for pair in train if _of_pair(pair) not in calibration][: wanted - len(calibration)]
+    calibration += [_of_row(row) for row in train if _of_row(row) not in calibration][: wanted - len(calibration)]
     fresh = [reference for reference in others if reference not in calibration]
-    verification = [_of_pair(pair) for pair in _spread(held_out, checked)]
+    verification = [_of_row(row) for row in _spread(held_out, checked)]
     verification += fresh[: checked - len(verification)]
     return {
         "recipe": RECIPE,
@@ -65,14 +68,15 @@ def usable(recent: Sequence[Completion]) -> tuple[list[Completion], int]:
 
 def samples(
     references: Iterable[Json],
-    pairs: dict[str, Pair],
+    rows: Mapping[str, Row],
     completion: Callable[[str], Completion],
     stored: LoadImage,
     named: LoadImage,
 ) -> list[tuple[Json, CalibrationSample]]:
     """Each reference that still exists and can be read with its conversation, its answer last.
 
-    `stored` gives the pictures of captured conversations, `named` those of a recipe's rows.
+    `rows` are the snapshot's by their ids. `stored` gives the pictures of captured conversations, `named` those of a
+    recipe's rows.
     """
     found = []
     for reference in references:
@@ -80,7 +84,7 @@ def samples(
             shown, cut = list(reference["messages"]), bool(reference["cut"])
             found.append(({"row": reference["row"]}, _sample(shown, cut, named)))
             continue
-        captured = _captured(reference, pairs, completion)
+        captured = _captured(reference, rows, completion)
         if captured is not None:
             found.append((reference, _sample(*captured, stored)))
     return found
@@ -92,14 +96,15 @@ def fingerprint(messages: Sequence[Any]) -> str:
 
 
 def _captured(
-    reference: Json, pairs: dict[str, Pair], completion: Callable[[str], Completion]
+    reference: Json, rows: Mapping[str, Row], completion: Callable[[str], Completion]
 ) -> tuple[list[Json], bool] | None:
     """What a user asked and was answered, and whether the answer was cut; None when it is gone or unreadable."""
-    if "preference" in reference:
-        pair = pairs.get(reference["preference"])
-        if pair is None:
+    if "completion" not in reference:
+        row = rows.get(reference.get("preference") or reference["feedback"])
+        if row is None:
             return None
-        messages, text, cut = pair.messages, pair.chosen, pair.chosen_cut
+        messages = row.messages
+        text, cut = (row.answer, row.cut) if isinstance(row, Thumb) else (row.chosen, row.chosen_cut)
     else:
         try:
             kept = completion(reference["completion"])
@@ -114,8 +119,12 @@ def _sample(messages: list[Json], cut: bool, load_image: LoadImage) -> Calibrati
     return CalibrationSample(messages, [load_image(one) for one in image_references(messages)], cut)
 
 
-def _of_pair(pair: Pair) -> Json:
-    return {"preference": pair.preference_id}
+def _good(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if not isinstance(row, Thumb) or row.up]
+
+
+def _of_row(row: Row) -> Json:
+    return {"feedback": row.feedback_id} if isinstance(row, Thumb) else {"preference": row.preference_id}
 
 
 def of_completion(completion: Completion) -> Json:
@@ -123,7 +132,7 @@ def of_completion(completion: Completion) -> Json:
     return {"completion": completion.id}
 
 
-def _spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
-    if len(pairs) <= count:
-        return list(pairs)
-    return [pairs[index * len(pairs) // count] for index in range(count)]
+def _spread(rows: Sequence[Row], count: int) -> list[Row]:
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[index * len(rows) // count] for index in range(count)]

@@ -69,7 +69,19 @@ class PreferenceSample:
     rejected_cut: bool = False
 
 
-AnySample = Sample | VisionSample | PreferenceSample
+@dataclass(frozen=True)
+class ThumbSample:
+    """A prompt (`messages` ends before the answer) with one answer to it, good (`up`) or bad."""
+
+    messages: tuple[Json, ...]
+    images: tuple[str, ...]
+    answer: str
+    up: bool
+    source: str
+    cut: bool = False
+
+
+AnySample = Sample | VisionSample | PreferenceSample | ThumbSample
 
 
 @dataclass(frozen=True)

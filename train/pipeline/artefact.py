@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from noria.errors import TrainingError
 from noria.records import MODULES, Json, Module
 from train.data import calibration
+from train.data.snapshot import judgement_id
 from train.methods.delta import changed_modules, delta_folders
 from train.pipeline.context import JobContext
 from train.pipeline.files import once, remove
-from train.pipeline.prepare import frozen_pairs, parent_of, snapshot_file
+from train.pipeline.prepare import frozen_rows, parent_of, snapshot_file
 
 KEPT = "none: the language model was frozen, its quantised weights are the parent's"
 
@@ -125,8 +126,8 @@ def _conversations(ctx: JobContext, part: str, count: int) -> tuple[str, list[tu
     from train.models import conversations
 
     chosen = snapshot_file(ctx)["samples"]
-    pairs = {pair.preference_id: pair for split in ("train", "held_out") for pair in frozen_pairs(ctx, split)}
-    found = calibration.samples(chosen[part], pairs, ctx.store.get_completion, ctx.images, ctx.data_images)
+    rows = {judgement_id(row): row for split in ("train", "held_out") for row in frozen_rows(ctx, split)}
+    found = calibration.samples(chosen[part], rows, ctx.store.get_completion, ctx.images, ctx.data_images)
     if gone := len(chosen[part]) - len(found):
         ctx.note(f"{gone} {part} conversations were deleted since, or cannot be read", gone=gone, part=part)
     if found:

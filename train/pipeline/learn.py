@@ -1,7 +1,7 @@
 """Stage `train`: the method runs and leaves an adapter.
 
-Comes in: the snapshot's training pairs and the parent. Goes out: `adapter/`, `train/log.jsonl` with one line a step,
-`train/report.json`; every step's loss and margin in the job's events. A restart begins again with the same seed.
+Comes in: the snapshot's training pairs, or thumbs, and the parent. Goes out: `adapter/`, `train/log.jsonl` with one
+line a step, `train/report.json`; every step's figures in the job's events. A restart begins again with the same seed.
 A job with a recipe runs its stages instead (`train.stages.job`).
 """
 
@@ -12,18 +12,20 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
 from noria.errors import TrainingError
+from noria.methods.table import reads_of
 from noria.records import Json
-from train.data.pairs import PairRenderer
+from train.data.pairs import PairRenderer, ThumbRenderer
 from train.data.render import ChatRenderer
 from train.pipeline.context import JobContext
 from train.pipeline.files import once, remove
-from train.pipeline.prepare import frozen_pairs, parent_of
+from train.pipeline.prepare import frozen_pairs, frozen_thumbs, parent_of
 
 REPORT = "train/report.json"
 
 if TYPE_CHECKING:
-    from train.methods.dpo_trainer import Step
     from train.methods.policies import Applied
+    from train.methods.preferences.method import Judgements
+    from train.methods.preferences.steps import Step
 
 
 def run(ctx: JobContext) -> Json:
@@ -39,27 +41,32 @@ def _recipe(ctx: JobContext) -> Json:
 
 
 def _train(ctx: JobContext) -> Json:
-    from train.methods.dpo import train_dpo
     from train.methods.policy_model import load_processor
+    from train.methods.preferences.method import train_method
 
     parent = parent_of(ctx)
-    pairs = frozen_pairs(ctx, "train")
-    if not pairs:
-        raise TrainingError("every training pair of the snapshot was deleted since", code="snapshot_gone")
     images = ctx.images
-    renderer = PairRenderer(ChatRenderer(load_processor(parent.master)), images)
+    renderer = ChatRenderer(load_processor(parent.master))
+    if reads_of(ctx.job.method) == "thumbs":
+        thumbs = ThumbRenderer(renderer, images)
+        judgements: Judgements = [thumbs.render(thumb) for thumb in frozen_thumbs(ctx, "train")]
+    else:
+        pairs = PairRenderer(renderer, images)
+        judgements = [pairs.render(pair) for pair in frozen_pairs(ctx, "train")]
+    if not judgements:
+        raise TrainingError("every training row of the snapshot was deleted since", code="snapshot_gone")
     out = ctx.folder / "adapter"
     remove(out)
     log_path = ctx.folder / "train" / "log.jsonl"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("w", buffering=1) as log:
-        report = train_dpo(
+        report = train_method(
             parent.master,
             parent.adapters,
-            [renderer.render(pair) for pair in pairs],
+            judgements,
             images,
             out,
-            ctx.train.dpo,
+            getattr(ctx.train, ctx.job.method),
             ctx.train.policies(),
             on_step=lambda step: _report(ctx, step, log),
             check=ctx.check,
@@ -67,9 +74,10 @@ def _train(ctx: JobContext) -> Json:
             base=ctx.train.base,
             serving=parent.serving,
         )
-    kept = ("steps", "pairs", "loss_first", "loss_last", "margin_last", "accuracy_last")
     told = asdict(report)
-    ctx.metrics({key: told[key] for key in kept})
+    told |= told.pop("learnt_from")
+    kept = ("steps", "pairs", "answers", "up", "down", "loss_first", "loss_last", "margin_last", "accuracy_last")
+    ctx.metrics({key: told[key] for key in kept if told.get(key) is not None})
     return told
 
 
@@ -80,8 +88,9 @@ def report_modules(ctx: JobContext, applied: Applied) -> None:
 
 
 def _report(ctx: JobContext, step: Step, log: TextIO) -> None:
-    line = asdict(step)
+    line = step.to_json()
     log.write(json.dumps(line) + "\n")
     ctx.store.add_event(ctx.job.id, "metrics", line)
-    ctx.log.event("step", job_id=ctx.job.id, step=step.step, steps=step.steps, loss=step.loss, margin=step.margin)
+    told = {key: line[key] for key in ("step", "steps", "loss", "margin") if key in line}
+    ctx.log.event("step", job_id=ctx.job.id, **told)
     ctx.progress("train", step.step / max(1, step.steps))

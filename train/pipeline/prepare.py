@@ -1,22 +1,27 @@
 """Stage `snapshot`: can this job run at all, and on exactly which judgements.
 
-Comes in: the live version, the store's preferences. Goes out: `snapshot.json` (the frozen choice, and which
+Comes in: the live version, the store's preferences or thumbs. Goes out: `snapshot.json` (the frozen choice, and which
 conversations calibrate and verify), the store's snapshot row, and a hand-over naming parent and hash.
 Imports transformers inside its function only: the daemon that waits stays small.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
 from noria.errors import Conflict
-from noria.records import Completion, Json, Pair, Snapshot
+from noria.methods.table import reads_of
+from noria.records import Completion, Json, Pair, Snapshot, Thumb
 from train.data import calibration, snapshot
-from train.data.pairs import PairRenderer
+from train.data.pairs import PairRenderer, ThumbRenderer
 from train.data.render import ChatRenderer
 from train.pipeline.context import JobContext
 from train.pipeline.files import once, read_json
 from train.pipeline.lineage import Parent, find_parent, live_version, require_disk
 
 FILE = "snapshot.json"
+Judged = TypeVar("Judged", Pair, Thumb)
 
 
 def run(ctx: JobContext) -> Json:
@@ -46,13 +51,17 @@ def parent_of(ctx: JobContext) -> Parent:
 
 def frozen_pairs(ctx: JobContext, part: str) -> list[Pair]:
     """The snapshot's pairs of one part (`train`, `held_out`), in its order; those deleted since are left out."""
-    content = snapshot_file(ctx)
-    stored = {pair.preference_id: pair for _, pair in ctx.store.training_pairs() if pair is not None}
-    found = [stored[id_] for id_, digest in content[part] if id_ in stored and _same(stored[id_], digest)]
-    gone = len(content[part]) - len(found)
-    if gone:
-        ctx.note(f"{gone} {part} pairs of the snapshot were deleted since", gone=gone, part=part)
-    return found
+    return _frozen(ctx, part, (pair for _, pair in ctx.store.training_pairs() if pair is not None), "pairs")
+
+
+def frozen_thumbs(ctx: JobContext, part: str) -> list[Thumb]:
+    """The same of a snapshot of thumbs."""
+    return _frozen(ctx, part, ctx.store.training_thumbs(), "thumbs")
+
+
+def frozen_rows(ctx: JobContext, part: str) -> list[Pair] | list[Thumb]:
+    """Whichever of both the job's method learns from."""
+    return frozen_thumbs(ctx, part) if reads_of(ctx.job.method) == "thumbs" else frozen_pairs(ctx, part)
 
 
 def snapshot_file(ctx: JobContext) -> Json:
@@ -83,12 +92,20 @@ def _freeze(ctx: JobContext) -> Json:
     parent = find_parent(ctx.registry, ctx.settings.home, live_version(ctx.registry))
     master_bytes = sum(path.stat().st_size for path in parent.master.glob("*.safetensors"))
     require_disk(master_bytes, ctx.settings.jobs_dir)
-    selection = _select(ctx, parent)
+    if reads_of(ctx.job.method) == "thumbs":
+        return _content(ctx, parent, _select_thumbs(ctx, parent))
+    return _content(ctx, parent, _select(ctx, parent))
+
+
+def _content(ctx: JobContext, parent: Parent, selection: snapshot.Selection[Judged]) -> Json:
     frozen = snapshot.freeze(selection, job_id=ctx.job.id, created_at=ctx.job.created_at)
-    train, held_out = selection.train, selection.held_out
     counts = (ctx.train.quantize.calibration_samples, ctx.train.verify.samples)
     samples = calibration.choose(
-        train, held_out, recent(ctx, sum(counts)), counts, lambda h: snapshot.is_held_out(h, ctx.train.held_out)
+        selection.train,
+        selection.held_out,
+        recent(ctx, sum(counts)),
+        counts,
+        lambda h: snapshot.is_held_out(h, ctx.train.held_out),
     )
     return {
         **snapshot.canonical(selection),
@@ -99,33 +116,67 @@ def _freeze(ctx: JobContext) -> Json:
     }
 
 
-def _select(ctx: JobContext, parent: Parent) -> snapshot.Selection:
+def _select(ctx: JobContext, parent: Parent) -> snapshot.Selection[Pair]:
     from train.methods.policy_model import load_processor
 
-    train = ctx.train
     measure = PairRenderer(ChatRenderer(load_processor(parent.master)), ctx.images)
-
-    def unfit(pair: Pair) -> str | None:
-        ctx.check()
-        if not measure.is_readable(pair):
-            return "unreadable"
-        return "too_long" if measure.tokens(pair) > train.dpo.max_length else None
-
-    rows = ctx.store.training_pairs(exclude_used=train.preferences == "unused")
-    selection = snapshot.select(rows, held_out=train.held_out, unfit=unfit)
-    if len(selection.train) < train.min_pairs:
-        raise Conflict(_too_few(selection.counts, train.min_pairs, train.preferences), code="too_few_preferences")
+    rows = ctx.store.training_pairs(exclude_used=ctx.train.preferences == "unused")
+    unfit = _unfit(ctx, measure.is_readable, measure.tokens)
+    selection = snapshot.select(rows, held_out=ctx.train.held_out, unfit=unfit)
+    if len(selection.train) < ctx.train.min_pairs:
+        raise Conflict(_too_few(ctx, selection.counts, "preferences", "training pairs"), code="too_few_preferences")
     return selection
 
 
-def _too_few(counts: dict[str, int], needed: int, which: str) -> str:
+def _select_thumbs(ctx: JobContext, parent: Parent) -> snapshot.Selection[Thumb]:
+    from train.methods.policy_model import load_processor
+
+    measure = ThumbRenderer(ChatRenderer(load_processor(parent.master)), ctx.images)
+    rows = ctx.store.training_thumbs(exclude_used=ctx.train.preferences == "unused")
+    unfit = _unfit(ctx, measure.is_readable, measure.tokens)
+    selection = snapshot.select_thumbs(rows, held_out=ctx.train.held_out, unfit=unfit)
+    if len(selection.train) < ctx.train.min_pairs:
+        raise Conflict(_too_few(ctx, selection.counts, "thumbs", "training answers"), code="too_few_thumbs")
+    if len({thumb.up for thumb in selection.train}) < 2:
+        way = "up" if selection.train[0].up else "down"
+        raise Conflict(
+            f"all {len(selection.train)} training answers have a thumb {way}: there is nothing to tell apart; record "
+            "thumbs of the other kind",
+            code="one_sided",
+        )
+    return selection
+
+
+def _unfit(
+    ctx: JobContext, is_readable: Callable[[Judged], bool], tokens: Callable[[Judged], int]
+) -> Callable[[Judged], str | None]:
+    """What only a look at the rendered texts can tell, as `snapshot.select` asks it."""
+    longest: int = getattr(ctx.train, ctx.job.method).max_length
+
+    def unfit(row: Judged) -> str | None:
+        ctx.check()
+        if not is_readable(row):
+            return "unreadable"
+        return "too_long" if tokens(row) > longest else None
+
+    return unfit
+
+
+def _too_few(ctx: JobContext, counts: dict[str, int], what: str, made: str) -> str:
+    needed, which = ctx.train.min_pairs, ctx.train.preferences
     rest = ", ".join(f"{n} {reason}" for reason, n in counts.items() if n and reason not in ("total", "used"))
     advice = "record more, or lower train.min_pairs"
     if which == "unused":
         advice += ', or train on all again with settings {"preferences": "all"}'
-    told = f"too few preferences: {counts['total']} {which} ones make {counts['used']} training pairs"
+    told = f"too few {what}: {counts['total']} {which} ones make {counts['used']} {made}"
     return f"{told}, {needed} are needed" + (f" ({rest})" if rest else "") + f"; {advice}"
 
 
-def _same(pair: Pair, digest: str) -> bool:
-    return snapshot.pair_digest(pair) == digest
+def _frozen(ctx: JobContext, part: str, rows: Iterable[Judged], what: str) -> list[Judged]:
+    content = snapshot_file(ctx)
+    stored = {snapshot.judgement_id(row): row for row in rows}
+    found = [stored[i] for i, digest in content[part] if i in stored and snapshot.row_digest(stored[i]) == digest]
+    gone = len(content[part]) - len(found)
+    if gone:
+        ctx.note(f"{gone} {part} {what} of the snapshot were deleted since", gone=gone, part=part)
+    return found

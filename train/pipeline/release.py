@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from noria.errors import Conflict
+from noria.methods.table import METHODS
 from noria.records import MODULES, Json, Rollout
 from noria.registry import STAGING, ManifestDraft
 from train.methods.delta import delta_folders, read_policies
@@ -90,7 +91,7 @@ def _draft(ctx: JobContext) -> ManifestDraft:
     trained, verified = read_json(ctx.folder / REPORT) or ctx.done["train"], ctx.done["verify"]
     quantized = read_json(ctx.folder / "quantize.json") or ctx.done["quantize"]
     require_frozen(ctx, quantized["frozen"])
-    learnt = ("steps", "pairs", "loss_first", "loss_last", "margin_last", "accuracy_last")
+    learnt = ("steps", "pairs", "answers", "up", "down", "loss_first", "loss_last", "margin_last", "accuracy_last")
     checked = ("mean_kl", "max_kl", "agreement")
     return ManifestDraft(
         parent=parent.version,
@@ -104,7 +105,7 @@ def _draft(ctx: JobContext) -> ManifestDraft:
         quantization=quantized["quantization"],
         calibration=quantized.get("calibration", {}),
         metrics={
-            **{key: trained[key] for key in learnt if key in trained},
+            **{key: trained[key] for key in learnt if trained.get(key) is not None},
             **{key: verified[key] for key in checked if key in verified},
             "counts": ctx.done["snapshot"]["counts"],
         },
@@ -122,7 +123,8 @@ def _settings(ctx: JobContext) -> Json:
     if ctx.recipe is not None:
         told = ctx.train.model_dump(mode="json", include={"quantize", "base", "processes"})
         return {**told, "recipe": ctx.recipe.model_dump(mode="json", exclude_defaults=True)}
-    return ctx.train.model_dump(mode="json", include={"dpo", "modules", "quantize", "held_out", "preferences"})
+    own = METHODS[ctx.job.method].sections
+    return ctx.train.model_dump(mode="json", include={*own, "modules", "quantize", "held_out", "preferences"})
 
 
 def _policies(deltas: tuple[Path, ...]) -> dict[str, Json]:

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from noria.errors import Conflict, NotFound, SettingsError
+from noria.methods.table import LABELLED_KINDS, PREFERENCE_KINDS
 from noria.recipes import Recipe, RecipeStage
 from noria.records import Json
 from noria.registry import Registry
 from train.data import calibration
 from train.data.formats.pictures import into
-from train.data.samples import AnySample, PreferenceSample, Sample, VisionSample
+from train.data.samples import AnySample, PreferenceSample, Sample, ThumbSample, VisionSample
 from train.data.sources import read_all
 from train.models.embedded import BLANK
 from train.pipeline.context import REPORT_EVERY_S, JobContext
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 RECIPE = "rows of the recipe's last stage with answers, evenly spread, half of them plain text, then recent completions"
 ADD = "add it with `noria model add`"
-Answered = Sample | PreferenceSample
+Answered = Sample | PreferenceSample | ThumbSample
 _RECENT_STEPS = 20  # over which the time left is reckoned
 
 
@@ -61,7 +62,7 @@ def freeze(ctx: JobContext) -> Json:
         data = read_all(stage.data, stage.kind, keep_image=into(ctx.blobs), seed=stage.seed)
         hashes[stage.name], counts[stage.name] = data.sha256, len(data)
         _tell_bad(ctx, stage, [row for report in data.reports for row in report.bad])
-        answered = answered if stage.kind == "vision" else data
+        answered = answered if stage.kind in LABELLED_KINDS else data
     content = json.dumps({"recipe": recipe.model_dump(mode="json"), "data": hashes}, sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()
     return {
@@ -133,8 +134,8 @@ def train(ctx: JobContext) -> Json:
 
 def run_stage(run: StageRun, listener: Listener) -> Json:
     """One stage, in this process or in several. Returns its report."""
-    if run.stage.kind == "dpo":
-        from train.stages.dpo import train_preferences
+    if run.stage.kind in PREFERENCE_KINDS:
+        from train.stages.preferences import train_preferences
 
         return train_preferences(run, listener)
     from train.stages.run import measure_data, read_data, train_supervised
@@ -156,7 +157,7 @@ def _stage(ctx: JobContext, run: StageRun, index: int, count: int) -> Json:
     listener = Listener(teller.step, teller.table, teller.measured, ctx.check)
 
     def produce() -> Json:
-        alone = run.stage.kind == "dpo" and run.processes > 1
+        alone = run.stage.kind in PREFERENCE_KINDS and run.processes > 1
         ctx.note(f"stage {run.folder.name} ({run.stage.kind}) begins" + (", in one process" if alone else ""))
         return run_stage(run, listener)
 
@@ -182,7 +183,7 @@ class _Teller:
         spent = sum(one.seconds for one in self._lately)
         speed = sum(one.tokens for one in self._lately) / spent if spent else 0.0
         left_s = (step.steps - step.step) * spent / len(self._lately)
-        unit = "pictures" if self._run.stage.kind == "vision" else "tokens"
+        unit = "pictures" if self._run.stage.kind in LABELLED_KINDS else "tokens"
         words = [f"{self._run.folder.name} {step.step}/{step.steps}", f"loss {step.loss:.4f}"]
         words += [f"{speed:.0f} {unit}/s"] if speed else []
         words.append(f"{int(left_s) // 60}:{int(left_s) % 60:02d} left")
@@ -224,7 +225,7 @@ def _conversations(ctx: JobContext, answered: Sequence[AnySample]) -> Json:
     """References for calibration and verification, no row in both where there are enough."""
     counts = (ctx.train.quantize.calibration_samples, ctx.train.verify.samples)
     wanted = sum(counts)
-    rows = spread_rows(answered, counts)
+    rows = spread_rows(_good(answered), counts)
     others, unreadable = calibration.usable(recent(ctx, wanted))
     found = [*rows, *map(calibration.of_completion, others)]
     checked = found[counts[0] :][: counts[1]]
@@ -253,6 +254,13 @@ def spread_rows(answered: Sequence[AnySample], counts: tuple[int, int]) -> list[
     return [_reference(one) for one in ordered]
 
 
+def _good(answered: Sequence[AnySample]) -> Sequence[AnySample]:
+    """Without the answers that have a thumb down: a stage `kto` has some, and no other stage."""
+    if not answered or not isinstance(answered[0], ThumbSample):
+        return answered
+    return [one for one in answered if isinstance(one, ThumbSample) and one.up]
+
+
 def _spread(rows: Sequence[Answered], wanted: int) -> Sequence[Answered]:
     step = max(1, len(rows) // max(1, wanted))
     return rows[: step * wanted : step]
@@ -261,8 +269,8 @@ def _spread(rows: Sequence[Answered], wanted: int) -> Sequence[Answered]:
 def _reference(one: Answered) -> Json:
     if isinstance(one, Sample):
         return {"row": one.source, "messages": list(one.messages), "cut": one.cut}
-    answer = {"role": "assistant", "content": one.chosen}
-    return {"row": one.source, "messages": [*one.messages, answer], "cut": one.chosen_cut}
+    said, cut = (one.chosen, one.chosen_cut) if isinstance(one, PreferenceSample) else (one.answer, one.cut)
+    return {"row": one.source, "messages": [*one.messages, {"role": "assistant", "content": said}], "cut": cut}
 
 
 def _require_base(ctx: JobContext, recipe: Recipe) -> None:

@@ -72,7 +72,7 @@ class LanguageTask:
         kept_BT = torch.zeros_like(labels, dtype=torch.bool)
         if self._keep is not None:
             plain_B = torch.tensor([not sample.images for sample in alone])
-            kept_BT[plain_B] = mask[plain_B].bool()
+            kept_BT[plain_B] = inputs["attention_mask"][plain_B].bool()
             labels[plain_B] = IGNORED
         return {
             "inputs": inputs,

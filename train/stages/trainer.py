@@ -20,6 +20,7 @@ import transformers
 from torch.utils.data import DataLoader
 
 from noria.errors import TrainingError
+from noria.methods.table import PREFERENCE_KINDS
 from noria.recipes import RecipeStage
 from train.methods.checkpoints import CheckpointedTrainer, StopWatch, saving
 from train.stages.order import Plan, Unit
@@ -195,7 +196,7 @@ def arguments(stage: RecipeStage, plan: Plan, out: Path, **options: Any) -> tran
 
 def rates(stage: RecipeStage, steps: int) -> dict[str, Any]:
     """How the learning rates go over a stage of so many steps, in transformers' words."""
-    schedule = stage.schedule or ("linear" if stage.kind == "dpo" else "cosine")
+    schedule = stage.schedule or ("linear" if stage.kind in PREFERENCE_KINDS else "cosine")
     falls = {"num_decay_steps": max(1, round(stage.decay * steps)), "decay_type": "linear"}
     return {
         "lr_scheduler_type": _SCHEDULES[schedule],

@@ -15,7 +15,7 @@ from noria.errors import InvalidRequest
 from noria.records import BLOB_SCHEME, Json
 from train.data.formats import RowReader, detect
 from train.data.formats.pictures import Place, as_data_url
-from train.data.samples import Box, PreferenceSample, Sample, VisionSample, image_part
+from train.data.samples import Box, PreferenceSample, Sample, ThumbSample, VisionSample, image_part
 
 HUMAN: Json = {"from": "human", "value": "<image>\nWhat is it?"}
 GPT: Json = {"from": "gpt", "value": "a square"}
@@ -113,6 +113,30 @@ def test_every_format_gives_the_same_pair(name: str, place: Place) -> None:
         PreferenceSample((question,), (picture,), "a square", "a cat", "rows.jsonl:7"),
     ]
     assert read(row, place, "sft") == [Sample((question, TOLD), (picture,), "rows.jsonl:7")]
+
+
+VERDICTS: dict[str, Json] = {  # one answer and what was thought of it: good in every one
+    "trl": {"prompt": "What is it?", "completion": "a square", "label": True},
+    "ms-swift": {"messages": [ASKED, TOLD], "label": True},
+    "llama-factory": {"conversations": [{**HUMAN, "value": "What is it?"}, GPT], "kto_tag": True},
+    "ours": {"messages": [ASKED, TOLD], "thumb": "up"},
+}
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_one_answer_with_a_verdict(name: str, place: Place) -> None:
+    row = VERDICTS[name]
+    assert read(row, place, "kto") == [ThumbSample((ASKED,), (), "a square", True, "rows.jsonl:7")]
+    key = next(key for key in ("label", "kto_tag", "thumb") if key in row)
+    (bad,) = read({**row, key: "down" if key == "thumb" else False}, place, "kto")
+    assert (bad.answer, bad.up) == ("a square", False)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_is_two_answers_with_a_verdict(name: str, place: Place) -> None:
+    """What else the row calls a label is not asked."""
+    found = read({**PAIRS[name][1], "label": "shapes"}, place, "kto")
+    assert [(one.answer, one.up, len(one.images)) for one in found] == [("a square", True, 1), ("a cat", False, 1)]
 
 
 def test_several_turns_and_pictures_stay_in_order(place: Place) -> None:
@@ -228,6 +252,9 @@ BAD: dict[str, tuple[Any, str, str]] = {
         "picture",
     ),
     "no rejected": ({"messages": [ASKED, TOLD]}, "dpo", "no rejected answer"),
+    "no verdict": ({"messages": [ASKED, TOLD]}, "kto", "one answer and no verdict"),
+    "a verdict of neither": ({"messages": [ASKED, TOLD], "label": "maybe"}, "kto", "'label' is 'maybe', not True or"),
+    "a verdict in a list": ({"messages": [ASKED, TOLD], "thumb": ["up"]}, "kto", "'thumb' is"),
     "same twice": ({"messages": [ASKED, TOLD], "rejected_response": "a square "}, "dpo", "the same"),
     "one side": ({"prompt": "q", "chosen": "a", "rejected": None, "completion": None}, "dpo", "fits no known format"),
     "texts without a prompt": ({"chosen": "a", "rejected": "b"}, "dpo", "no prompt"),

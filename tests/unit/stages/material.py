@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw
 
 from noria.errors import LeaseLost
+from noria.methods.table import LABELLED_KINDS, PREFERENCE_KINDS
 from noria.recipes import RecipeStage, parse_recipe
 from noria.records import Json
 
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 COLOURS = ("red", "green", "blue")
-FILES = {"vision": "labels.jsonl", "dpo": "preferences.jsonl"}
+PAIRS: dict[str, str] = dict.fromkeys(PREFERENCE_KINDS, "preferences.jsonl")
+LABELLED: dict[str, str] = dict.fromkeys(LABELLED_KINDS, "labels.jsonl")
+FILES = {**PAIRS, **LABELLED, "kto": "verdicts.jsonl"}
 
 
 def write_data(folder: Path, count: int = 12) -> Path:
-    """`labels.jsonl`, `conversations.jsonl` (every third row without a picture) and `preferences.jsonl`."""
-    rows: dict[str, list[Json]] = {"labels": [], "conversations": [], "preferences": []}
+    """`labels`, `conversations` (every third row without a picture), `preferences` and `verdicts`, as `.jsonl`."""
+    rows: dict[str, list[Json]] = {"labels": [], "conversations": [], "preferences": [], "verdicts": []}
     for number in range(count):
         colour = COLOURS[number % 3]
         picture, box = _square(colour, number)
@@ -35,6 +38,7 @@ def write_data(folder: Path, count: int = 12) -> Path:
         rows["labels"].append({"image": f"{number}.png", "labels": {"colour": colour}, "objects": objects})
         rows["conversations"].append({"messages": [asked, answer]})
         rows["preferences"].append({"messages": [asked, answer], "rejected_response": "no"})
+        rows["verdicts"].append({"messages": [asked, answer], "label": number % 4 > 0})
     for name, found in rows.items():
         write_rows(folder / f"{name}.jsonl", found)
     return folder

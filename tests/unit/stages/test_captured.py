@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
+from noria.errors import Conflict
 from noria.records import BLOB_SCHEME, Choice, Completion, Json, Side
 from tests.unit.stages.material import write_data
 from tests.unit.web import Web, serving
 from train.daemon import Trainer, job_context
 from train.data import calibration
 from train.data.samples import image_part
+from train.data.snapshot import judgement_id
 from train.export.rendering import encode
 from train.methods.policy_model import load_processor
 from train.pipeline import learn, prepare
@@ -89,6 +91,92 @@ def test_a_job_leaves_out_what_it_cannot_read_and_trains_on_the_rest(trainer: Tr
     assert prepare.snapshot_file(ctx)["samples"]["unreadable"] == 4
     assert "4 recent conversations show what was not stored, and cannot calibrate" in notes(ctx)
     assert conversations.asked == []
+
+
+def thumbed(trainer: Trainer, name: str, thumb: Literal["up", "down"], *parts: Any, reason: str = "stop") -> str:
+    """A question of these parts, with one answer that somebody gave a thumb; the feedback's id."""
+    answer = Choice(0, f"a {name} square", {"role": "assistant"}, finish_reason=reason)
+    asked = {"role": "user", "content": [*parts, {"type": "text", "text": f"what is {name}"}]}
+    trainer.store.add_completions([Completion(name, 1.0, "noria", "v1", (asked,), {}, f"hash of {name}", (answer,))])
+    return trainer.store.add_feedback(name, 0, thumb=thumb, annotator="u-1").id
+
+
+def test_a_job_of_kto_trains_on_thumbs(trainer: Trainer, tmp_path: Path) -> None:
+    """Unreadable ones are left out; good answers calibrate; what was used is not unused any more."""
+    picture = trainer.blobs.put((write_data(tmp_path) / "1.png").read_bytes(), "image/png")
+    shown = image_part(BLOB_SCHEME + picture.sha256)
+    ups = [
+        thumbed(trainer, "red", "up", shown),
+        thumbed(trainer, "green", "up"),
+        thumbed(trainer, "cut", "up", reason="length"),
+    ]
+    downs = [thumbed(trainer, "blue", "down", shown), thumbed(trainer, "grey", "down")]
+    thumbed(trainer, "far", "up", image_part("https://x.org/a.png"))
+    kto = {"epochs": 2, "batch_size": 4, "micro_batch_size": 2, "beta": 0.5}
+    ctx = started(trainer, "kto", {**SETTINGS, "kto": kto, "quantize": {"calibration_samples": 4}})
+    ctx.done["snapshot"] = prepare.run(ctx)
+    counts = ctx.done["snapshot"]["counts"]
+    assert {name: count for name, count in counts.items() if count} == {"total": 6, "used": 5, "unreadable": 1}
+    assert sorted(one.feedback_id for one in prepare.frozen_thumbs(ctx, "train")) == sorted(ups + downs)
+    assert trainer.store.thumb_counts() == {"total": 6, "unused": 0}
+    chosen = prepare.snapshot_file(ctx)["samples"]["calibration"]
+    assert {one["feedback"] for one in chosen if "feedback" in one} <= set(ups)
+    rows = {judgement_id(one): one for one in prepare.frozen_rows(ctx, "train")}
+    found = calibration.samples(chosen, rows, ctx.store.get_completion, ctx.images, ctx.data_images)
+    assert len(found) == len(chosen) == 4
+    told = learn.run(ctx)
+    assert {name: told[name] for name in ("steps", "answers", "up", "down")} == {
+        "steps": 3,
+        "answers": 5,
+        "up": 3,
+        "down": 2,
+    }
+    metrics = trainer.store.get_job(ctx.job.id).metrics
+    assert (metrics["answers"], metrics["up"], metrics["down"]) == (5, 3, 2)
+    lines = [json.loads(line) for line in (ctx.folder / "train" / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-6)
+    assert all("kl" in line for line in lines)
+    assert (ctx.folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_thumb_that_was_deleted_since_does_not_train(trainer: Trainer) -> None:
+    gone, *_ = [thumbed(trainer, name, "up" if n else "down") for n, name in enumerate(("red", "green", "blue"))]
+    ctx = started(trainer, "kto", {"kto": DPO, "min_pairs": 2, "held_out": 0.0})
+    ctx.done["snapshot"] = prepare.run(ctx)
+    trainer.store.delete_feedback(gone)
+    assert len(prepare.frozen_thumbs(ctx, "train")) == 2
+    assert "1 train thumbs of the snapshot were deleted since" in notes(ctx)
+
+
+@pytest.mark.parametrize("thumb", ["up", "down"])
+def test_thumbs_of_one_kind_alone_are_refused(trainer: Trainer, thumb: Literal["up", "down"]) -> None:
+    for name in ("red", "green"):
+        thumbed(trainer, name, thumb)
+    ctx = started(trainer, "kto", {"min_pairs": 2, "held_out": 0.0})
+    with pytest.raises(Conflict, match=rf"all 2 training answers have a thumb {thumb}") as refused:
+        prepare.run(ctx)
+    assert refused.value.code == "one_sided"
+
+
+def test_too_few_thumbs_are_refused_with_numbers(trainer: Trainer) -> None:
+    thumbed(trainer, "red", "up")
+    ctx = started(trainer, "kto", {"min_pairs": 2, "held_out": 0.0})
+    with pytest.raises(
+        Conflict, match=r"too few thumbs: 1 unused ones make 1 training answers, 2 are needed"
+    ) as refused:
+        prepare.run(ctx)
+    assert refused.value.code == "too_few_thumbs"
+
+
+@pytest.mark.parametrize("method", ["simpo", "orpo", "cpo", "mpo"])
+def test_a_job_of_every_pair_method_trains_on_preferences(trainer: Trainer, method: str) -> None:
+    for name in ("red", "green", "blue"):
+        judged(trainer, name)
+    ctx = started(trainer, method, {method: DPO, "min_pairs": 2, "held_out": 0.0})
+    ctx.done["snapshot"] = prepare.run(ctx)
+    told = learn.run(ctx)
+    assert (told["pairs"], told["steps"]) == (3, 1)
+    assert trainer.store.get_job(ctx.job.id).metrics["pairs"] == 3
 
 
 def test_a_recipe_gives_no_leave_to_fetch_what_users_sent(trainer: Trainer, conversations: Web, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
-"""Stage `dpo` of a recipe on a tiny random LLaVA: its length and rates, and going on after a cut."""
+"""Preference stages of a recipe on a tiny random LLaVA: length and rates, loss, and going on after a cut."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -14,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from noria.errors import LeaseLost
+from noria.errors import LeaseLost, TrainingError
 from noria.recipes import RecipeStage
 from noria.records import Json
-from tests.unit.stages.material import stage, stopper, trained, write_data
-from train.stages.dpo import train_preferences
+from tests.unit.stages.material import stage, stopper, trained, write_data, write_rows
+from train.stages.preferences import train_preferences
 from train.stages.run import Listener
 from train.stages.spec import StageRun, Step, read_steps
 
@@ -66,10 +68,16 @@ LORA = {"language_model": {"policy": "lora", "rank": 2, "learning_rate": 1e-3, "
 FULL = {"aligner": {"policy": "full", "learning_rate": 1e-3}, **LORA}
 
 
-@pytest.mark.parametrize("modules", [LORA, FULL], ids=["LoRA", "aligner full"])
-def test_an_interrupted_stage_goes_on_exactly(tiny_vlm: Path, data: Path, tmp_path: Path, modules: Json) -> None:
+@pytest.mark.parametrize(
+    ("kind", "modules"),
+    [("dpo", LORA), ("dpo", FULL), ("simpo", LORA), ("mpo", LORA), ("kto", LORA), ("kto", FULL)],
+    ids=["dpo", "dpo aligner full", "simpo", "mpo", "kto", "kto aligner full"],
+)
+def test_an_interrupted_stage_goes_on_exactly(
+    tiny_vlm: Path, data: Path, tmp_path: Path, kind: str, modules: Json
+) -> None:
     """Killed in its sixth step and second pass, with a dropout that asks for the same random numbers again."""
-    one = stage(data, "dpo", steps=7, checkpoint_every=2, schedule="cosine", warmup_ratio=0.3, modules=modules)
+    one = stage(data, kind, steps=7, checkpoint_every=2, schedule="cosine", warmup_ratio=0.3, modules=modules)
     report, whole = run(tiny_vlm, one, tmp_path / "whole")
     seen: list[Step] = []
 
@@ -134,3 +142,63 @@ def test_checkpoints_hold_what_trains_the_reference_and_no_card(tiny_vlm: Path, 
     assert [path.name for path in kept] == ["checkpoint-4", "checkpoint-5"]
     assert all(".lora_" in name for name in load_file(kept[-1] / "trainable.safetensors"))
     assert sorted(load_file(kept[-1] / "reference.safetensors")["rows"].tolist()) == list(range(12))
+
+
+def test_a_checkpoint_of_a_method_without_a_reference_holds_none(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    run(tiny_vlm, stage(data, "orpo", steps=2, modules=LORA), tmp_path)
+    kept = tmp_path / "checkpoints" / "checkpoint-2"
+    assert (kept / "trainable.safetensors").is_file()
+    assert not (kept / "reference.safetensors").exists()
+
+
+def test_a_checkpoint_of_mpo_holds_its_reward_shift(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    """Of six micro-batches of two; the first two of them had no reward yet."""
+    run(tiny_vlm, stage(data, "mpo", steps=3, modules=LORA), tmp_path)
+    mean, batches = load_file(tmp_path / "checkpoints" / "checkpoint-3" / "reference.safetensors")["shift"].tolist()
+    assert batches == 6
+    assert mean != 0.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "first"),
+    [
+        ("dpo", {"dpo": {"loss_type": "hinge"}}, 1.0),
+        ("dpo", {"dpo": {"loss_type": "ipo"}, "beta": 0.5}, 1.0),
+        ("mpo", {"mpo": {"generation_weight": 0.0, "quality_weight": 0.0, "preference_weight": 2.0}}, 2 * math.log(2)),
+        ("kto", {"kto": {"desirable_weight": 3.0, "undesirable_weight": 3.0}}, 1.5),
+    ],
+)
+def test_a_stages_loss_is_what_its_table_says(
+    tiny_vlm: Path, data: Path, tmp_path: Path, kind: str, loss: Json, first: float
+) -> None:
+    told, steps = run(tiny_vlm, stage(data, kind, steps=1, modules=LORA, **loss), tmp_path)
+    assert steps[0].loss == pytest.approx(first, rel=1e-5)
+    assert told["settings"].items() >= loss.items()
+    assert told["kind"] == kind
+
+
+def test_kto_learns_from_verdicts_and_from_pairs_taken_apart(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    told, steps = run(tiny_vlm, stage(data, "kto", epochs=1, modules=LORA), tmp_path / "verdicts")
+    assert {name: told["task"][name] for name in ("answers", "up", "down")} == {"answers": 12, "up": 9, "down": 3}
+    assert told["steps"] == 3
+    assert steps[0].metrics["kl"] == 0.0
+    apart = stage(data, "kto", epochs=1, modules=LORA)
+    apart = apart.model_copy(update={"data": stage(data, "dpo").data})
+    told, _ = run(tiny_vlm, apart, tmp_path / "pairs")
+    assert {name: told["task"][name] for name in ("answers", "up", "down")} == {"answers": 24, "up": 12, "down": 12}
+    assert told["steps"] == 6
+
+
+@pytest.mark.parametrize(("label", "word"), [(True, "good"), (False, "bad")])
+def test_answers_that_are_all_good_or_all_bad_are_refused(
+    tiny_vlm: Path, data: Path, tmp_path: Path, label: bool, word: str
+) -> None:
+    rows = [{**json.loads(line), "label": label} for line in (data / "verdicts.jsonl").read_text().splitlines()]
+    write_rows(data / f"{word}.jsonl", rows)
+    one = stage(data, "kto", modules=LORA)
+    one = one.model_copy(
+        update={"data": tuple(source.model_copy(update={"source": str(data / f"{word}.jsonl")}) for source in one.data)}
+    )
+    with pytest.raises(TrainingError, match=rf"all 12 answers that fit are {word}: .* add rows with the other") as told:
+        run(tiny_vlm, one, tmp_path)
+    assert told.value.code == "one_sided"

@@ -25,6 +25,7 @@ FAMILIES = {
     "internvl": "internvl",
     "idefics3": "idefics3",
     "finetune": "smolvlm",
+    "preferences": "internvl",
 }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from noria.errors import InvalidRequest, NoriaError, NotFound
-from noria.records import Side
+from noria.records import BLOB_SCHEME, Side, Snapshot, Thumb
 from noria.store import Store
 from tests.unit.store.samples import PICTURE, completion
 
@@ -111,3 +112,46 @@ def test_forgetting_an_end_user_leaves_nothing_of_them(store: Store) -> None:
     assert store.list_feedback() == [opinion]
     assert store.list_completions(metadata={"k": "v"}) == []
     assert store.forget_end_user("u-1")["completions"] == 0
+
+
+def test_training_thumbs_have_the_answer_that_they_are_about(store: Store) -> None:
+    """Ratings, edits and comments alone are none; an answer that its limit of tokens cut is told."""
+    url = BLOB_SCHEME + PICTURE.sha256
+    shown = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+    answers = completion("c1", messages=(shown,), images=(PICTURE,))
+    first, second = answers.choices
+    cut = replace(second, finish_reason="length")
+    store.add_completions([replace(answers, choices=(first, cut)), completion("c2", ("third",))])
+    liked = store.add_feedback("c1", 1, thumb="up", annotator="u-1")
+    store.add_feedback("c1", 0, rating=5, comment="good")
+    disliked = store.add_feedback("c1", 0, thumb="down", edit="better")
+    store.add_feedback("c2", 0, edit="another")
+    seen: Any = {"prompt_hash": "p1", "messages": (shown,), "images": (url,), "created_at": 1000.0}
+    assert store.training_thumbs() == [
+        Thumb(liked.id, answer="a longer answer", up=True, annotator="u-1", cut=True, **seen),
+        Thumb(disliked.id, answer="short", up=False, **seen),
+    ]
+    assert store.thumb_counts() == {"total": 2, "unused": 2}
+
+
+def test_only_running_and_succeeded_jobs_use_thumbs(answered: Store) -> None:
+    """And a thumb that was deleted is gone from what trains, not from the snapshot."""
+    kept, held, fresh = (answered.add_feedback("c1", 0, thumb="up", annotator=f"u-{n}").id for n in range(3))
+    job = answered.create_job("kto")
+    answered.claim_job("me", 60)
+    snapshot = Snapshot("snap_1", job.id, 5.0, (kept,), (held,), {"used": 1})
+    answered.add_snapshot(snapshot)
+    assert answered.thumb_counts() == {"total": 3, "unused": 1}
+    assert [one.feedback_id for one in answered.training_thumbs(exclude_used=True)] == [fresh]
+    assert len(answered.training_thumbs()) == 3
+    answered.delete_feedback(kept)
+    assert answered.get_snapshot("snap_1") == snapshot
+    answered.finish_job(job.id, "me", "failed")
+    assert answered.thumb_counts() == {"total": 2, "unused": 2}
+
+
+def test_forgetting_an_annotator_forgets_their_thumbs(answered: Store) -> None:
+    answered.add_feedback("c1", 0, thumb="up", annotator="u-1")
+    answered.add_feedback("c1", 0, thumb="down", annotator="u-2")
+    answered.forget_end_user("u-1")
+    assert [one.up for one in answered.training_thumbs()] == [False]

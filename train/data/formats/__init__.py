@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from noria.errors import InvalidRequest
+from noria.methods.table import LABELLED_KINDS, PREFERENCE_KINDS
 from noria.records import Json
 from train.data.formats import ms_swift, openai, plain, sharegpt, trl
 from train.data.formats.export import KINDS as EXPORT_KINDS
@@ -73,13 +74,15 @@ class RowReader:
             raise InvalidRequest(f"the row is {type(row).__name__}, not an object")
         name = detect(row) if self._asked == "auto" else self._asked
         self.seen[name] = self.seen.get(name, 0) + 1
-        if (name == "labels") != (self._kind == "vision"):
+        if (name == "labels") != (self._kind in LABELLED_KINDS):
             raise InvalidRequest(f"a row of format {name!r} cannot be used by a {self._kind!r} stage")
         if name == "labels":
             return [plain.parse_labels(row, place, source)]
         parse = self._export.parse if name == "noria" else _PARSERS[name]
         found = parse(row, place)
-        if self._kind == "dpo":
+        if self._kind == "kto":
+            return [thumb for one in found for thumb in one.thumbs(source, row)]
+        if self._kind in PREFERENCE_KINDS:
             return [one.preference(source) for one in found]
         return [one.sample(source) for one in found[:1]]
 

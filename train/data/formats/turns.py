@@ -14,9 +14,14 @@ from typing import Any
 from noria.errors import InvalidRequest
 from noria.records import Json, image_references
 from train.data.formats.pictures import Pictures
-from train.data.samples import PreferenceSample, Sample, image_part
+from train.data.samples import PreferenceSample, Sample, ThumbSample, image_part
 
 TAG = "<image>"
+_VERDICTS: dict[str, tuple[bool | str, bool | str]] = {
+    "label": (True, False),
+    "kto_tag": (True, False),
+    "thumb": ("up", "down"),
+}
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -61,6 +66,23 @@ class Conversation:
             self.answer_cut,
             self.rejected_cut,
         )
+
+    def thumbs(self, source: str, row: Mapping[str, Any]) -> list[ThumbSample]:
+        """As answers with a thumb: the better and the worse of two, or the one with what the row says of it.
+
+        Raises InvalidRequest when there is one answer, and the row does not say what was thought of it.
+        """
+        images = image_references(self.prompt)
+        if self.rejected is not None:
+            pair = self.preference(source)
+            return [
+                ThumbSample(self.prompt, images, pair.chosen, True, source, pair.chosen_cut),
+                ThumbSample(self.prompt, images, pair.rejected, False, source, pair.rejected_cut),
+            ]
+        up = _verdict_of(row)
+        if up is None:
+            raise InvalidRequest("the row has one answer and no verdict on it ('label', 'kto_tag' or 'thumb')")
+        return [ThumbSample(self.prompt, images, self.answer, up, source, self.answer_cut)]
 
 
 def conversation(
@@ -130,6 +152,21 @@ def plain_text(turn: Mapping[str, Any]) -> str:
     if not content or any(part["type"] != "text" for part in content):
         raise InvalidRequest("an assistant's message has a picture, or no text")
     return "".join(part["text"] for part in content)
+
+
+def _verdict_of(row: Mapping[str, Any]) -> bool | None:
+    """What a row says of its one answer: TRL's and ms-swift's `label`, LLaMA-Factory's `kto_tag`, our `thumb`.
+
+    None where it says nothing. Raises InvalidRequest for a word that is neither good nor bad.
+    """
+    for key, words in _VERDICTS.items():
+        value = row.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | str) or value not in words:
+            raise InvalidRequest(f"{key!r} is {value!r}, not {' or '.join(map(repr, words))}")
+        return value == words[0]
+    return None
 
 
 def _turn(turn: Any, pictures: Pictures, keys: tuple[str, str], tags: bool) -> Json:

@@ -49,7 +49,7 @@ class SourceData(Sequence[AnySample]):
 
 
 def read(source: DataSource, kind: str, *, keep_image: KeepImage = as_data_url) -> SourceData:
-    """Reads a source for a stage of this kind (vision, align, sft, dpo, finetune).
+    """Reads a source for a stage of this kind (vision, align, sft, finetune, dpo and its kin, kto).
 
     `keep_image` stores pictures that are embedded in rows; without it their references carry their bytes. With
     `source.count` a random choice by `source.seed` is read. Raises NotFound, Unavailable, InvalidRequest; TrainingError

@@ -15,48 +15,24 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 import transformers
-from PIL import Image
 from safetensors.torch import load_file
 
 from noria.errors import LeaseLost, TrainingError
-from noria.records import BLOB_SCHEME, Json, Pair
 from noria.settings import TrainSettings
 from tests.flow.rtn import quantize_rtn
 from tests.unit.broken import poisoned, with_nan
-from train.data.pairs import PairRenderer, TextPair
-from train.data.render import ChatRenderer
-from train.methods.dpo import DpoReport, train_dpo
-from train.methods.dpo_trainer import Step
+from tests.unit.preferences.material import load_image, text_pairs, token_logps
+from train.data.pairs import TextPair
 from train.methods.frozen import FrozenModule, require_equal
 from train.methods.policies import apply_policies
 from train.methods.policy_model import load_policy, load_processor, read_architecture
-
-COLOURS = ("red", "green", "blue")
-
-
-def load_image(sha256: str) -> Image.Image:
-    """A stored picture: here its name is its colour."""
-    return Image.new("RGB", (40, 24), sha256)
-
-
-def pair(number: int) -> Pair:
-    """Even ones show a picture, odd ones are text alone."""
-    colour = COLOURS[number % len(COLOURS)]
-    shown: list[Json] = [{"type": "image_url", "image_url": {"url": BLOB_SCHEME + colour}}]
-    content: Any = [*shown, {"type": "text", "text": "what is it"}] if number % 2 == 0 else f"say {colour} {number}"
-    images = (colour,) if number % 2 == 0 else ()
-    messages = ({"role": "user", "content": content},)
-    return Pair(f"pref_{number}", f"h{number}", messages, f"a {colour} square", "no" + " a" * number, 1.0, None, images)
+from train.methods.preferences.method import MethodReport, train_method
+from train.methods.preferences.steps import Step
 
 
 @pytest.fixture(scope="module")
-def renderer(tiny_vlm: Path) -> PairRenderer:
-    return PairRenderer(ChatRenderer(load_processor(tiny_vlm)), load_image)
-
-
-@pytest.fixture(scope="module")
-def pairs(renderer: PairRenderer) -> list[TextPair]:
-    return [renderer.render(pair(number)) for number in range(6)]
+def pairs(tiny_vlm: Path) -> list[TextPair]:
+    return text_pairs(tiny_vlm, 6)
 
 
 def settings(modules: dict[str, Any] | None = None, **dpo: Any) -> TrainSettings:
@@ -73,11 +49,11 @@ def run(
     adapters: Sequence[Path] = (),
     check: Callable[[], None] = lambda: None,
     **more: Any,
-) -> tuple[DpoReport, list[Step]]:
+) -> tuple[MethodReport, list[Step]]:
     """Trains in float32, so that tolerances say something about the formula and not about rounding."""
     steps: list[Step] = []
     asked = asked or settings()
-    report = train_dpo(
+    report = train_method(
         master,
         adapters,
         pairs,
@@ -95,51 +71,40 @@ def run(
 @pytest.fixture(scope="module")
 def trained(
     tiny_vlm: Path, pairs: list[TextPair], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, DpoReport, list[Step]]:
+) -> tuple[Path, MethodReport, list[Step]]:
     """One training over pictures and text in the same batches."""
     out = tmp_path_factory.mktemp("dpo") / "adapter"
     return out, *run(tiny_vlm, pairs, out)
 
 
-def test_the_first_loss_is_ln_2_and_an_overfit_batch_goes_down(trained: tuple[Path, DpoReport, list[Step]]) -> None:
+def test_the_first_loss_is_ln_2_and_an_overfit_batch_goes_down(trained: tuple[Path, MethodReport, list[Step]]) -> None:
     _, report, steps = trained
     assert steps[0].loss == pytest.approx(math.log(2), abs=1e-6)
     assert steps[0].margin == 0.0
     assert len(steps) == report.steps == 3
     assert steps[-1].loss < 0.5
+    assert steps[-1].margin is not None
     assert steps[-1].margin > 0.3
     assert report.loss_last == steps[-1].loss
     assert all(math.isfinite(step.grad_norm) and step.grad_norm > 0 for step in steps)
 
 
-def answer_logp(model: Any, processor: Any, one: TextPair, answer: str) -> float:
-    """Sum of log p(token) over the answer's tokens, one sequence at a time, from full logits."""
-    pictures = [load_image(sha256) for sha256 in one.images]
-    inputs = processor(text=[one.prompt], images=pictures or None, return_tensors="pt", add_special_tokens=False)
-    answer_ids = processor.tokenizer(answer, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    prompt_length = inputs["input_ids"].shape[1]
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], answer_ids], dim=1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    with torch.no_grad():
-        logits = model(**inputs).logits[0].double()
-    logps = torch.log_softmax(logits[prompt_length - 1 : -1], dim=-1)
-    return float(logps.gather(1, answer_ids[0][:, None]).sum())
-
-
 def paper_loss(policy: Any, reference: Any, processor: Any, pairs: Sequence[TextPair], beta: float) -> float:
     """Equation 7 of the paper, averaged over pairs."""
+
+    def logp(model: Any, one: TextPair, answer: str) -> float:
+        with torch.no_grad():
+            return float(token_logps(model, processor, one.prompt, one.images, answer).sum())
+
     losses = []
     for one in pairs:
-        ratios = [
-            answer_logp(policy, processor, one, text) - answer_logp(reference, processor, one, text)
-            for text in (one.chosen, one.rejected)
-        ]
+        ratios = [logp(policy, one, text) - logp(reference, one, text) for text in (one.chosen, one.rejected)]
         losses.append(-math.log(1 / (1 + math.exp(-beta * (ratios[0] - ratios[1])))))
     return sum(losses) / len(losses)
 
 
 def test_the_loss_is_the_papers(
-    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, DpoReport, list[Step]], tmp_path: Path
+    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, MethodReport, list[Step]], tmp_path: Path
 ) -> None:
     """All six pairs are one step, so step 2 runs on the weights after step 1: a run of one step has those weights.
 
@@ -158,7 +123,7 @@ def test_the_loss_is_the_papers(
 
 
 def test_the_lineage_is_folded_in_so_training_starts_from_the_parent(
-    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, DpoReport, list[Step]], tmp_path: Path
+    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, MethodReport, list[Step]], tmp_path: Path
 ) -> None:
     adapter, _, _ = trained
     model = transformers.AutoModelForImageTextToText.from_pretrained(tiny_vlm, dtype=torch.float32)
@@ -172,7 +137,7 @@ def test_the_lineage_is_folded_in_so_training_starts_from_the_parent(
     assert steps[0].loss == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_only_the_language_models_linears_learn(trained: tuple[Path, DpoReport, list[Step]], tiny_vlm: Path) -> None:
+def test_only_the_language_models_linears_learn(trained: tuple[Path, MethodReport, list[Step]], tiny_vlm: Path) -> None:
     adapter, report, _ = trained
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert len(tensors) == 2 * 7 * 2  # A and B of seven linears in two layers
@@ -187,7 +152,7 @@ def test_only_the_language_models_linears_learn(trained: tuple[Path, DpoReport, 
     assert [path for path in adapter.parent.iterdir() if path.name.startswith(".trl-")] == []
 
 
-def test_tower_and_aligner_are_hashed_and_unchanged(trained: tuple[Path, DpoReport, list[Step]]) -> None:
+def test_tower_and_aligner_are_hashed_and_unchanged(trained: tuple[Path, MethodReport, list[Step]]) -> None:
     _, report, _ = trained
     assert sorted(report.frozen) == ["aligner", "vision_tower"]
     assert all(value.startswith("sha256:") and len(value) == 71 for value in report.frozen.values())
@@ -216,7 +181,7 @@ def test_a_frozen_module_that_hands_on_a_gradient_ends_the_training() -> None:
 
 
 def test_the_same_snapshot_and_seed_give_the_same_bytes(
-    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, DpoReport, list[Step]], tmp_path: Path
+    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, MethodReport, list[Step]], tmp_path: Path
 ) -> None:
     first, _, steps = trained
     _, again = run(tiny_vlm, pairs, tmp_path / "again")
@@ -232,7 +197,7 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_batch(
 ) -> None:
     steps: list[Step] = []
     with pytest.raises(TrainingError, match=r"loss nan is not finite; stopped before the optimiser step") as stopped:
-        train_dpo(
+        train_method(
             with_nan(tiny_vlm, tmp_path / "broken"),
             [],
             [replace(one, preference_id=f"pref_nan_{n}") for n, one in enumerate(pairs[:2])],
@@ -254,7 +219,7 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_batch(
 def test_a_non_finite_gradient_stops_before_the_step(
     tiny_vlm: Path, pairs: list[TextPair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.methods.dpo.load_policy", poisoned)
+    monkeypatch.setattr("train.methods.preferences.method.load_policy", poisoned)
     with pytest.raises(TrainingError, match=r"gradient of .*lora_.* is not finite.*batch: pref_\d, pref_\d") as stopped:
         run(tiny_vlm, pairs, tmp_path / "adapter")
     assert stopped.value.code == "non_finite"
@@ -275,7 +240,7 @@ def test_cancelling_stops_between_micro_batches(tiny_vlm: Path, pairs: list[Text
 
 
 def test_the_adapters_dropout_is_the_one_asked_for(
-    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, DpoReport, list[Step]], tmp_path: Path
+    tiny_vlm: Path, pairs: list[TextPair], trained: tuple[Path, MethodReport, list[Step]], tmp_path: Path
 ) -> None:
     asked = settings({"language_model": {"rank": 4, "alpha": 8, "learning_rate": 2e-3, "dropout": 0.5}})
     _, _, steps = trained
