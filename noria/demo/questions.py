@@ -12,11 +12,11 @@ from itertools import chain, cycle
 from noria.evals.named.embedded import as_asked
 from noria.evals.questions import Question
 from noria.scenes import scene_questions
+from noria.scenes.drawn.questions import TELL
 from noria.scenes.drawn.words import HELD_OUT, TRAIN
 
 PICTURES = "pictures"
 """The `file` of questions about pictures."""
-_TELL = " Tell me about it."
 _EACH = 12  # pictures of a kind
 _SEED = {TRAIN: 70_000, HELD_OUT: 80_000}  # neither the recipe's nor the evaluation's
 
@@ -64,13 +64,13 @@ def _about_people(who: str, first_filler: int) -> list[Question]:
     for name in _NAMES[who]:
         for template, kind in _TEMPLATES:
             fact = next(fillers[kind])
-            prompt = template.format(name=name, **{kind: fact}) + _TELL
+            prompt = template.format(name=name, **{kind: fact}) + TELL
             questions.append(Question(f"{name}-{kind}", prompt, (fact,), "contains", category=kind, file="people"))
     return questions
 
 
 def _about_pictures(split: str) -> list[Question]:
-    return as_asked(scene_questions(split, _SEED[split], _EACH), PICTURES, _TELL)
+    return as_asked(scene_questions(split, _SEED[split], _EACH), PICTURES, TELL)
 
 
 def _in_turn(first: list[Question], second: list[Question]) -> tuple[Question, ...]:

@@ -17,6 +17,8 @@ JobMethod = Literal[PreferenceMethod, "grpo"]
 Judgements = Literal["preferences", "thumbs"]
 Reads = Literal[Judgements, "prompts"]
 PREFERENCE_KINDS: tuple[PreferenceMethod, ...] = get_args(PreferenceMethod)  # of a recipe's stages, too
+LABELLED_KINDS: tuple[Literal["vision", "words"], ...] = ("vision", "words")
+"""Kinds of a recipe's stages that read pictures with labels, and no conversations."""
 _OF_JUDGEMENTS = ("preferences", "min_pairs")  # keys under `train`: which of the store's, and how many at least
 
 

@@ -6,6 +6,7 @@ Must not import torch.
 | kind | trains by default | data | loss |
 |---|---|---|---|
 | vision | tower full | labels and boxes | cross-entropy of heads that are thrown away, and boxes |
+| words | aligner full | boxes that say a word | squared distance to the language model's embedding of the word |
 | align | aligner full | conversations | next token, answers only |
 | sft | aligner full, language model LoRA | conversations | next token, answers only |
 | dpo, simpo, orpo, cpo, mpo | language model LoRA | preferences | the method's (docs/methods.md) |
@@ -22,13 +23,13 @@ from pydantic import Field, field_validator, model_validator
 
 from noria.methods.grpo import GrpoSettings, policy_conflict
 from noria.methods.preferences import CpoLoss, DpoLoss, KtoLoss, MpoLoss, OrpoLoss, PreferenceLoss, SimpoLoss
-from noria.methods.table import METHODS, PREFERENCE_KINDS, JobMethod, Reads
+from noria.methods.table import LABELLED_KINDS, METHODS, PREFERENCE_KINDS, JobMethod, Reads
 from noria.module_settings import PREFERENCE, ModulePolicies, Policy, PolicyDefaults, ResolvedPolicy, Section
 from noria.records import MODULES, Module
 from noria.rewards import RewardSettings
 from noria.settings import QuantizeSettings, VerifySettings
 
-StageKind = Literal["vision", "align", "sft", "finetune", JobMethod]
+StageKind = Literal["vision", "words", "align", "sft", "finetune", JobMethod]
 DataFormat = Literal["auto", "noria", "openai", "ms-swift", "llama-factory", "trl", "llava", "image-text", "labels"]
 
 DECAY = 0.2  # the end of a `constant-linear` schedule: Hägele et al. 2024, https://arxiv.org/abs/2405.18392
@@ -42,6 +43,7 @@ def _defaults(policies: tuple[Policy, Policy, Policy], lora_rate: float = 1e-4, 
 
 KIND_DEFAULTS: dict[StageKind, PolicyDefaults] = {
     "vision": _defaults(("full", "frozen", "frozen"), vision_tower=1e-4),
+    "words": _defaults(("frozen", "full", "frozen"), aligner=2e-3),
     "align": _defaults(("frozen", "full", "frozen"), aligner=1e-3),
     "sft": _defaults(("frozen", "full", "lora")),
     "finetune": _defaults(("full", "full", "full"), vision_tower=1e-6, aligner=1e-6, language_model=1e-6),
@@ -105,6 +107,9 @@ class RecipeStage(Section):
     """Put many samples into one sequence of max_length, attention and positions kept apart."""
     group_by_length: bool = False
     """Batches of samples of like length."""
+    keep_language: float | None = Field(None, gt=0)
+    """Conversations without pictures are not learnt but kept: this times KL(model before its LoRA || model), on each of
+    their tokens, in place of their answers' cross-entropy."""
     checkpoint_every: int | None = Field(None, ge=1)
     """Steps between two checkpoints that an interrupted stage goes on from; none is 100."""
     beta: float | None = Field(None, gt=0)
@@ -148,6 +153,8 @@ class RecipeStage(Section):
             raise ValueError(told)
         if self.packing and self.group_by_length:
             raise ValueError("packing and group_by_length contradict each other: a packed sequence is always full")
+        if self.packing and self.keep_language is not None:
+            raise ValueError("packing and keep_language contradict each other: a packed sequence has pictures and none")
         for key, kinds, why in _IGNORED:
             value = getattr(self, key)
             if self.kind in kinds and value != type(self).model_fields[key].default:
@@ -193,6 +200,14 @@ class RecipeStage(Section):
             raise ValueError(f"nothing would train that kind={self.kind!r} is for: {told} must be full or lora")
         if self.kind == "grpo" and (because := policy_conflict(policies, under="")):
             raise ValueError(because)
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_a_lora_changes(self) -> Self:
+        policy = self.policies["language_model"].policy
+        if self.keep_language is not None and policy != "lora":
+            told = f"keep_language={self.keep_language} contradicts modules.language_model.policy={policy!r}"
+            raise ValueError(f"{told}: the model before is the one without its LoRA")
         return self
 
     @property
@@ -279,16 +294,18 @@ _LACKS: dict[Reads, str] = {
     "prompts": "samples nothing",
 }
 _IGNORED: tuple[tuple[str, tuple[StageKind, ...], str], ...] = (
-    ("packing", ("vision", *PREFERENCE_KINDS), "reads no conversations"),
-    ("group_by_length", ("vision", *PREFERENCE_KINDS), "reads no conversations"),
-    ("beta", ("vision", *_CONVERSATIONS), "has no reference"),
+    ("packing", (*LABELLED_KINDS, *PREFERENCE_KINDS), "reads no conversations"),
+    ("group_by_length", (*LABELLED_KINDS, *PREFERENCE_KINDS), "reads no conversations"),
+    ("keep_language", (*LABELLED_KINDS, *PREFERENCE_KINDS), "learns no conversations"),
+    ("beta", (*LABELLED_KINDS, *_CONVERSATIONS), "has no reference"),
     ("beta", tuple(kind for kind in PREFERENCE_KINDS if kind != "dpo"), "has a table of its own for it; say it there"),
-    ("head_learning_rate", (*PREFERENCE_KINDS, *_CONVERSATIONS), "has no heads"),
+    ("head_learning_rate", ("words", *PREFERENCE_KINDS, *_CONVERSATIONS), "has no heads"),
     ("precision", PREFERENCE_KINDS, "computes in the machine's own"),
     *((section, _but(method), _LACKS[row.reads]) for method, row in METHODS.items() for section in row.sections),
 )
 _UNREACHED: dict[StageKind, tuple[Module, ...]] = {
     "vision": ("aligner", "language_model"),
+    "words": ("vision_tower", "language_model"),
     "align": (),
     "sft": (),
     "finetune": (),
@@ -297,11 +314,13 @@ _UNREACHED: dict[StageKind, tuple[Module, ...]] = {
 }
 _WHY: dict[StageKind, str] = {
     "vision": "its heads read the tower alone, so this module must be frozen",
+    "words": "the aligner alone is held against the language model's embeddings, so this module must be frozen",
     **dict.fromkeys(PREFERENCE_KINDS, "preference methods freeze the tower"),
     "grpo": "the engine samples from an adapter of the language model",
 }
 _MUST_TRAIN: dict[StageKind, tuple[Module, ...]] = {
     "vision": ("vision_tower",),
+    "words": ("aligner",),
     "align": ("aligner",),
     "sft": ("aligner", "language_model", "vision_tower"),
     "finetune": MODULES,

@@ -92,6 +92,13 @@ def test_what_is_said_of_one_module_leaves_the_others_as_they_are() -> None:
             r"warmup_ratio=0\.6 and decay_ratio=0\.5 are more than the whole stage",
         ),
         ("sft", {"packing": True, "group_by_length": True}, r"packing and group_by_length contradict"),
+        ("sft", {"packing": True, "keep_language": 1.0}, r"packing and keep_language contradict"),
+        ("vision", {"keep_language": 1.0}, r"keep_language=1\.0 would be ignored: kind='vision'"),
+        (
+            "sft",
+            {"keep_language": 1.0, "modules": {"language_model": "full"}},
+            r"keep_language=1\.0 contradicts modules\.language_model\.policy='full'",
+        ),
         ("sft", {"batch_size": 6, "micro_batch_size": 4}, r"batch_size=6 is not a multiple of micro_batch_size=4"),
         ("sft", {"data": []}, r"stages\.eyes: data is empty"),
     ],

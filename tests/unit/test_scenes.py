@@ -20,8 +20,8 @@ from noria.evals.named.text import text_questions
 from noria.records import Json
 from noria.scenes import SETS, draw, held_out_questions, is_made, rows
 from noria.scenes.asked import KINDS as ASKED_KINDS
-from noria.scenes.drawn.questions import LEFT_RIGHT, ask, caption
-from noria.scenes.drawn.scene import CLEAR, KINDS, Scene, read_scene, scene_ref
+from noria.scenes.drawn.questions import LEFT_RIGHT, TELL, ask, caption
+from noria.scenes.drawn.scene import CLEAR, KINDS, Scene, read_scene, scene_ref, side_of
 from noria.scenes.drawn.words import (
     BACKGROUNDS,
     COLOURS,
@@ -34,7 +34,7 @@ from noria.scenes.drawn.words import (
     shape_looks,
 )
 from noria.scenes.handwriting import read_digit, rows_of
-from noria.scenes.labels import read_labels
+from noria.scenes.labels import CELLS, read_labels
 from noria.scenes.photos import PHOTOS, photo_ref
 
 
@@ -155,20 +155,59 @@ def test_captions_are_sentences() -> None:
 
 
 def test_rows_are_repeatable_and_of_the_kind_that_was_asked_for() -> None:
-    for name in SETS:
+    for name in ("scenes", "digits", "photos", "text"):
         first = list(rows(name, "sft", split="train", count=40, seed=2))
         assert first == list(rows(name, "sft", split="train", count=40, seed=2))
         assert first != list(rows(name, "sft", split="train", count=40, seed=3))
         assert all(row["messages"][-1]["role"] == "assistant" for row in first)
-    for name in ("scenes", "digits", "photos"):
+    for name in (name for name in SETS if name != "text"):
         labelled = list(rows(name, "vision", split="train", count=20, seed=0))
-        assert all(row["labels"] and is_made(row["image"]) for row in labelled)
+        assert all((row["labels"] or row["objects"]) and is_made(row["image"]) for row in labelled)
     described = list(rows("scenes", "align", split="train", count=50, seed=0))
     assert all(any("picture shows" in str(message["content"]) for message in row["messages"]) for row in described)
 
 
+def test_written_out_a_thing_is_a_row_and_a_word_is_a_cell() -> None:
+    """Things from left to right; size, colour, what it is, its sides; behind them how many there are."""
+    for row in rows("scenes-written", "vision", split="train", count=60, seed=1):
+        scene = read_scene(row["image"])
+        cells = {
+            (round(box[1] * CELLS), round(box[0] * CELLS)): word for word, box in map(label_and_box, row["objects"])
+        }
+        things = sorted(scene.things, key=lambda thing: thing.x)
+        assert [cells[number, 0] for number in range(len(things))] == [thing.size for thing in things]
+        assert [cells[number, 1] for number in range(len(things))] == [thing.colour for thing in things]
+        assert [cells[number, 2] for number in range(len(things))] == [thing.word for thing in things]
+        assert cells.get((3, 0)) == (None if scene.kind == "digit" else str(len(things)))
+        if len(things) == 2:
+            sides = tuple(word for word in (cells.get((0, 3)), cells.get((0, 4))) if word)
+            assert sides == side_of(things[0], things[1])
+    assert [
+        one["label"] for one in next(rows("digits-written", "vision", split="train", count=1, seed=0))["objects"]
+    ] == ["0"]
+    photo = next(rows("photos-written", "vision", split="train", count=1, seed=0))
+    assert [one["label"] for one in photo["objects"]] == ["astronaut"]
+
+
+def test_some_answers_are_sentences_where_a_sentence_is_asked_for() -> None:
+    for name in ("scenes", "digits", "photos"):
+        turns = [
+            (str(question["content"]).rstrip("'}]"), answer["content"])
+            for messages in conversations(name, "train", 150)
+            for question, answer in zip(messages[::2], messages[1::2], strict=True)
+        ]
+        told = [answer for question, answer in turns if question.endswith(TELL)]
+        assert all(answer.endswith(".") and " " in answer for answer in told)
+        assert (0.05 < len(told) / len(turns) < 0.3) if name != "photos" else not told
+
+
+def label_and_box(told: Json) -> tuple[str, list[float]]:
+    return told["label"], told["box"]
+
+
 def test_wrong_sets_splits_and_kinds_are_refused() -> None:
-    for name, kind, split in (("shapes", "sft", "train"), ("scenes", "sft", "test"), ("text", "vision", "train")):
+    wrong = [("shapes", "sft", "train"), ("scenes", "sft", "test"), ("text", "vision", "train")]
+    for name, kind, split in (*wrong, ("scenes-written", "sft", "train"), ("text-written", "vision", "train")):
         with pytest.raises(InvalidRequest):
             rows(name, kind, split=split, count=1, seed=0)
 

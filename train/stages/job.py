@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from noria.errors import Conflict, NotFound, SettingsError
-from noria.methods.table import METHODS, PREFERENCE_KINDS
+from noria.methods.table import LABELLED_KINDS, METHODS, PREFERENCE_KINDS
 from noria.recipes import Recipe, RecipeStage
 from noria.records import Json
 from noria.registry import Registry
 from train.data import calibration
 from train.data.formats.pictures import into
-from train.data.samples import AnySample, PreferenceSample, Sample, ThumbSample
+from train.data.samples import AnySample, PreferenceSample, Sample, ThumbSample, VisionSample
 from train.data.sources import read_all
 from train.models.embedded import BLANK
 from train.pipeline.context import REPORT_EVERY_S, JobContext
@@ -32,8 +32,9 @@ from train.stages.spec import CHECKPOINTS, DELTA, StageRun, Step, base_of, preci
 if TYPE_CHECKING:
     from train.stages.run import Listener
 
-RECIPE = "rows of the recipe's last stage with answers, evenly spread, then recent completions"
+RECIPE = "rows of the recipe's last stage with answers, evenly spread, half of them plain text, then recent completions"
 ADD = "add it with `noria model add`"
+Answered = Sample | PreferenceSample | ThumbSample
 _RECENT_STEPS = 20  # over which the time left is reckoned
 
 
@@ -75,7 +76,7 @@ def freeze(ctx: JobContext) -> Json:
         data = read_all(stage.data, stage.kind, keep_image=into(ctx.blobs), seed=stage.seed)
         hashes[stage.name], counts[stage.name] = data.sha256, len(data)
         _tell_bad(ctx, stage, [row for report in data.reports for row in report.bad])
-        answered = answered if stage.kind == "vision" else data
+        answered = answered if stage.kind in LABELLED_KINDS else data
     content = json.dumps({"recipe": recipe.model_dump(mode="json"), "data": hashes}, sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()
     return {
@@ -201,7 +202,7 @@ class _Teller:
         spent = sum(one.seconds for one in self._lately)
         speed = sum(one.tokens for one in self._lately) / spent if spent else 0.0
         left_s = (step.steps - step.step) * spent / len(self._lately)
-        unit = "pictures" if self._run.stage.kind == "vision" else "tokens"
+        unit = "pictures" if self._run.stage.kind in LABELLED_KINDS else "tokens"
         words = [f"{self._run.folder.name} {step.step}/{step.steps}", f"loss {step.loss:.4f}"]
         words += [f"{speed:.0f} {unit}/s"] if speed else []
         words.append(f"{int(left_s) // 60}:{int(left_s) % 60:02d} left")
@@ -259,14 +260,17 @@ def _conversations(ctx: JobContext, answered: Sequence[AnySample]) -> Json:
 def spread_rows(answered: Sequence[AnySample], counts: tuple[int, int]) -> list[Json]:
     """References (`train.data.calibration`): those to calibrate on, then those to verify on, both spread over all rows.
 
-    Sources lie one after the other: a first part to calibrate on would hold nothing of the last ones.
+    Sources lie one after the other: a first part to calibrate on would hold nothing of the last ones. Where some rows
+    show pictures and some do not, half is without: what serves answers both, and GPTQ rounds for what it was shown.
     """
     wanted, checked = sum(counts), counts[1]
-    step = max(1, len(answered) // wanted)
+    named = [one for one in answered if not isinstance(one, VisionSample)]
+    plain, pictured = [one for one in named if not one.images], [one for one in named if one.images]
+    without = min(len(plain), max(wanted // 2, wanted - len(pictured)))
+    taken = list(enumerate([*_spread(pictured, wanted - without), *_spread(plain, without)]))
     aside = {number * wanted // checked + wanted // checked - 1 for number in range(checked)}
-    taken = list(enumerate(answered[: step * wanted : step]))
     ordered = [one for at, one in taken if at not in aside] + [one for at, one in taken if at in aside]
-    return [row for one in ordered if (row := _reference(one)) is not None]
+    return [_reference(one) for one in ordered]
 
 
 def _good(answered: Sequence[AnySample]) -> Sequence[AnySample]:
@@ -276,16 +280,16 @@ def _good(answered: Sequence[AnySample]) -> Sequence[AnySample]:
     return [one for one in answered if isinstance(one, ThumbSample) and one.up]
 
 
-def _reference(one: AnySample) -> Json | None:
+def _spread(rows: Sequence[Answered], wanted: int) -> Sequence[Answered]:
+    step = max(1, len(rows) // max(1, wanted))
+    return rows[: step * wanted : step]
+
+
+def _reference(one: Answered) -> Json:
     if isinstance(one, Sample):
         return {"row": one.source, "messages": list(one.messages), "cut": one.cut}
-    if isinstance(one, PreferenceSample):
-        answer = {"role": "assistant", "content": one.chosen}
-        return {"row": one.source, "messages": [*one.messages, answer], "cut": one.chosen_cut}
-    if isinstance(one, ThumbSample):
-        answer = {"role": "assistant", "content": one.answer}
-        return {"row": one.source, "messages": [*one.messages, answer], "cut": one.cut}
-    return None
+    said, cut = (one.chosen, one.chosen_cut) if isinstance(one, PreferenceSample) else (one.answer, one.cut)
+    return {"row": one.source, "messages": [*one.messages, {"role": "assistant", "content": said}], "cut": cut}
 
 
 def _require_base(ctx: JobContext, recipe: Recipe) -> None:

@@ -19,6 +19,7 @@ import transformers
 
 from noria.blobs import Blobs
 from noria.errors import TrainingError
+from noria.methods.table import LABELLED_KINDS
 from noria.recipes import RecipeStage
 from noria.records import Json
 from train.data.formats.pictures import as_data_url, into
@@ -44,6 +45,7 @@ from train.stages.spec import (
 )
 from train.stages.trainer import StageTrainer, StageWatch
 from train.stages.vision.task import VisionTask
+from train.stages.vision.words import WordsTask
 
 PICTURE_BYTES = 2 << 30  # 77 000 pictures of 96 by 96
 BAD_ROWS = 20  # told one by one in a report; all of them are counted
@@ -63,9 +65,9 @@ class Listener:
 
 
 def train_supervised(run: StageRun, listener: Listener) -> Json:
-    """A stage `vision`, `align`, `sft` or `finetune` in this process, which may be one of several. Returns its report.
+    """A stage `vision`, `words`, `align`, `sft` or `finetune` in this process, which may be one of several.
 
-    Raises TrainingError: no data, a non-finite loss or gradient, a frozen module that changed.
+    Returns its report. Raises TrainingError: no data, a non-finite loss or gradient, a frozen module that changed.
     """
     started = time.monotonic()
     processor = load_processor(run.master)
@@ -105,7 +107,7 @@ def train_supervised(run: StageRun, listener: Listener) -> Json:
 
 def measure_data(run: StageRun, processor: Any, data: MixedData, listener: Listener) -> Json:
     """What `train.stages.language.measure` tells of a stage's conversations; nothing for other kinds."""
-    if run.stage.kind == "vision":
+    if run.stage.kind in LABELLED_KINDS:
         return {}
 
     def tick(done: int) -> None:
@@ -149,7 +151,7 @@ def precision(run: StageRun) -> Precision:
         return Precision(torch.float32)
     if torch.cuda.is_available():
         return Precision(torch.bfloat16)
-    dtype = torch.float32 if run.stage.kind == "vision" else torch.bfloat16
+    dtype = torch.float32 if run.stage.kind in LABELLED_KINDS else torch.bfloat16
     return Precision(dtype, attention="eager", autocast=True)
 
 
@@ -243,10 +245,11 @@ def _base(run: StageRun) -> Base:
 
 def _task(
     run: StageRun, applied: Applied, processor: Any, data: MixedData, measured: Json
-) -> LanguageTask | VisionTask:
-    if run.stage.kind == "vision":
+) -> LanguageTask | VisionTask | WordsTask:
+    if run.stage.kind in LABELLED_KINDS:
         load_image = image_loader(run, picture_memory(run.processes))
-        return VisionTask(applied, processor, cast("list[VisionSample]", data), load_image, run.stage)
+        task = VisionTask if run.stage.kind == "vision" else WordsTask
+        return task(applied, processor, cast("list[VisionSample]", data), load_image, run.stage)
     return LanguageTask(applied, processor, cast("list[Sample]", data), image_loader(run), run.stage, measured)
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from noria.methods.table import LABELLED_KINDS
 from noria.recipes import RecipeStage
 from noria.records import Json
 
@@ -60,7 +61,7 @@ class StageRun:
 
 def base_of(stage: RecipeStage, base: str) -> str:
     """What the stage trains on. A vision stage trains the tower alone, which no 4-bit base changes."""
-    return base if stage.kind != "vision" else "master"
+    return "master" if stage.kind in LABELLED_KINDS else base
 
 
 def precision_conflict(

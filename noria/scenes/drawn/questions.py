@@ -44,6 +44,21 @@ def ask(scene: Scene, rng: random.Random) -> list[Asked]:
     return [*asked, _there(scene, rng)]
 
 
+TELL = " Tell me about it."
+"""Said after a question, it asks for a sentence in place of a word."""
+_SENTENCES = (
+    "It is {}.",
+    "The answer is {}.",
+    "I have looked at the picture, and the answer is {}.",
+    "From what the picture shows, and as far as I can see, the answer is {}.",
+)
+
+
+def told(question: str, answer: str, rng: random.Random) -> tuple[str, str]:
+    """The same question and answer, asked for and said in a sentence; some sentences say more words than others."""
+    return question + TELL, rng.choice(_SENTENCES).format(answer)
+
+
 def caption(scene: Scene) -> str:
     """One sentence that says everything about the scene."""
     if scene.kind == "digit":

@@ -148,11 +148,8 @@ def test_calibration_takes_the_rows_that_the_job_took(eyes: Eyes) -> None:
     assert len({json.dumps(one.messages) for one in rows}) == 12
     assert all(one.messages[-1]["role"] == "assistant" for one in rows)
     pictured = [[len(one.images) for one in part] for part in (found.calibration, found.verification)]
-    assert [part.count(0) for part in pictured] == [
-        2,
-        1,
-    ]  # every ninth of 80 scenes, then 30 texts: both parts see both
-    assert [part.count(1) for part in pictured] == [5, 4]
+    assert [part.count(0) for part in pictured] == [4, 2]  # half are texts, and both parts see both
+    assert [part.count(1) for part in pictured] == [3, 3]
     assert all(image.size == (96, 96) for one in rows for image in one.images)
     towers = parse_recipe({**RECIPE, "stages": RECIPE["stages"][:1]})
     assert seen_conversations(towers, train) is None

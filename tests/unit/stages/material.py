@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw
 
 from noria.errors import LeaseLost
-from noria.methods.table import PREFERENCE_KINDS
+from noria.methods.table import LABELLED_KINDS, PREFERENCE_KINDS
 from noria.recipes import RecipeStage, parse_recipe
 from noria.records import Json
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("red", "green", "blue")
 PAIRS: dict[str, str] = dict.fromkeys(PREFERENCE_KINDS, "preferences.jsonl")
-FILES = {**PAIRS, "vision": "labels.jsonl", "kto": "verdicts.jsonl"}
+LABELLED: dict[str, str] = dict.fromkeys(LABELLED_KINDS, "labels.jsonl")
+FILES = {**PAIRS, **LABELLED, "kto": "verdicts.jsonl"}
 
 
 def write_data(folder: Path, count: int = 12) -> Path:

@@ -15,11 +15,12 @@ from noria.records import Json, image_references
 from tests.unit.stages.material import write_data, write_rows
 from train.daemon import Trainer, job_context, job_settings
 from train.data import calibration
-from train.data.samples import image_part
+from train.data.samples import Sample, image_part
 from train.methods.delta import changed_modules, delta_folders
 from train.pipeline import learn, prepare
 from train.pipeline.context import JobContext
 from train.run import main as run_main
+from train.stages.job import spread_rows
 from train.stages.spec import read_steps
 
 FIGURES = {"steps": 2, "batch_size": 4, "micro_batch_size": 2, "max_length": 256}
@@ -180,3 +181,21 @@ def test_one_job_at_a_time(trainer: Trainer, data: Path, tmp_path: Path, capsys:
         run_main(trainer.settings, ["--resume"])
     with pytest.raises(SettingsError, match="name a recipe, or say --resume"):
         run_main(trainer.settings, [])
+
+
+@pytest.mark.parametrize(
+    ("pictured", "plain", "taken"), [(90, 10, (10, 10)), (90, 4, (16, 4)), (5, 90, (5, 15)), (0, 90, (0, 20))]
+)
+def test_what_gptq_is_shown_is_half_plain_text_where_there_is_enough(
+    pictured: int, plain: int, taken: tuple[int, int]
+) -> None:
+    """Of 16 to calibrate on and 4 to verify on: spread over both, and no row in two places."""
+    asked = {"role": "user", "content": "what"}
+    shown = [Sample((asked,), ("picture",), f"shown:{number}") for number in range(pictured)]
+    said = [Sample((asked,), (), f"said:{number}") for number in range(plain)]
+    rows = [row["row"] for row in spread_rows([*shown, *said], (16, 4))]
+    assert len(rows) == len(set(rows)) == sum(taken)
+    assert sum(row.startswith("shown") for row in rows) == taken[0]
+    if min(taken) == 10:
+        assert {row.partition(":")[0] for row in rows[16:]} == {"shown", "said"}
+        assert max(int(row.partition(":")[2]) for row in rows if row.startswith("shown")) >= 80

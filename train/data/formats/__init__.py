@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from noria.errors import InvalidRequest
-from noria.methods.table import PREFERENCE_KINDS
+from noria.methods.table import LABELLED_KINDS, PREFERENCE_KINDS
 from noria.records import Json
 from train.data.formats import ms_swift, openai, plain, sharegpt, trl
 from train.data.formats.export import KINDS as EXPORT_KINDS
@@ -74,7 +74,7 @@ class RowReader:
             raise InvalidRequest(f"the row is {type(row).__name__}, not an object")
         name = detect(row) if self._asked == "auto" else self._asked
         self.seen[name] = self.seen.get(name, 0) + 1
-        if (name == "labels") != (self._kind == "vision"):
+        if (name == "labels") != (self._kind in LABELLED_KINDS):
             raise InvalidRequest(f"a row of format {name!r} cannot be used by a {self._kind!r} stage")
         if name == "labels":
             return [plain.parse_labels(row, place, source)]

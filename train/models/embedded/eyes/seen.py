@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Never
 
 from noria.errors import NotFound
+from noria.methods.table import LABELLED_KINDS
 from noria.recipes import Recipe
 from noria.settings import TrainSettings
 from train.data import calibration
@@ -19,7 +20,7 @@ from train.stages.job import RECIPE, spread_rows
 
 def seen_conversations(recipe: Recipe, train: TrainSettings) -> Conversations | None:
     """Rows of the recipe's last stage with answers; none where it has no such stage."""
-    answered = [stage for stage in recipe.stages if stage.kind != "vision"]
+    answered = [stage for stage in recipe.stages if stage.kind not in LABELLED_KINDS]
     if not answered:
         return None
     last, counts = answered[-1], (train.quantize.calibration_samples, train.verify.samples)
