@@ -115,7 +115,7 @@ def test_a_recipe_is_interrupted_resumed_and_published(home: Path) -> None:
     assert [len(stage["curve"]) for stage in manifest["stages"]] == [40, 3]
     assert all(stage["data"]["sha256"].startswith("sha256:") for stage in manifest["stages"])
     assert manifest["settings"]["recipe"]["stages"][0]["checkpoint_every"] == 5
-    assert manifest["calibration"]["samples"][0]["row"].endswith("conversations.jsonl:1")
+    assert manifest["calibration"]["samples"][0]["row"].endswith("conversations.jsonl:2")  # the first with a picture
     assert sorted(path.name for path in (home / "models" / "v2" / "adapter").iterdir()) == ["01-eyes", "02-talk"]
 
 

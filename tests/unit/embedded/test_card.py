@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from noria.errors import IntegrityError, InvalidRequest, NotFound
+from noria.scenes import SETS
 from tests.unit.embedded.material import evaluation, printed, told
 from train.models.cli import main
-from train.models.embedded.eyes.card import NOT_YET, write_card
+from train.models.embedded.eyes.card import NOT_YET, SOURCES, write_card
 from train.models.embedded.eyes.export import write_eyes
 from train.models.embedded.eyes.extract import extract
 from train.models.embedded.eyes.record import CARD, SCORES, Eyes, recipe_hash
@@ -109,3 +110,8 @@ def test_a_recipe_s_hash_does_not_know_its_model(eyes: Eyes) -> None:
     assert recipe.model is None
     assert recipe_hash(recipe.model_copy(update={"model": "embedded-blank"})) == eyes.record.recipe_sha256
     assert recipe_hash(recipe.model_copy(update={"name": "other"})) != eyes.record.recipe_sha256
+
+
+def test_every_set_of_noria_has_its_line() -> None:
+    """A set that the card cannot tell of would be called none of Noria's own."""
+    assert set(SOURCES) == set(SETS)

@@ -11,6 +11,7 @@ from pathlib import Path
 from noria.recipes import Recipe, parse_recipe
 from noria.records import Json
 from noria.scenes.photos import PHOTOS
+from noria.scenes.sets import WRITTEN
 from train.models.embedded.eyes.record import CARD, RECORD, SCORES, WEIGHTS, EyesRecord, read_record
 from train.models.embedded.eyes.scores import Scores, gathered, read_scores
 from train.models.embedded.tower import PATCH_SIZE, PATCHES, PICTURE_SIZE, TOWER_HEADS, TOWER_LAYERS, TOWER_WIDTH
@@ -27,6 +28,11 @@ SOURCES = {
     "in `noria/scenes/data/NOTICE.md`.",
     "text": "SmolLM2-135M-Instruct's own greedy answers to questions of this project, without pictures, Apache-2.0: "
     "they keep its language.",
+    **{
+        f"{name}{WRITTEN}": f"the pictures of `{name}`, whose labels are laid out as a text: a row a thing, a word a "
+        "patch."
+        for name in ("scenes", "digits", "photos")
+    },
 }
 
 
