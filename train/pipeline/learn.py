@@ -21,6 +21,8 @@ from train.pipeline.files import once, remove
 from train.pipeline.prepare import frozen_pairs, frozen_thumbs, parent_of
 
 REPORT = "train/report.json"
+LEARNT = ("steps", "pairs", "answers", "up", "down", "loss_first", "loss_last", "margin_last", "accuracy_last")
+"""Figures of the report that a job and a version tell, as far as the method has them."""
 
 if TYPE_CHECKING:
     from train.methods.policies import Applied
@@ -76,8 +78,7 @@ def _train(ctx: JobContext) -> Json:
         )
     told = asdict(report)
     told |= told.pop("learnt_from")
-    kept = ("steps", "pairs", "answers", "up", "down", "loss_first", "loss_last", "margin_last", "accuracy_last")
-    ctx.metrics({key: told[key] for key in kept if told.get(key) is not None})
+    ctx.metrics({key: told[key] for key in LEARNT if told.get(key) is not None})
     return told
 
 
