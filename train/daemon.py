@@ -97,7 +97,7 @@ class Trainer:
         if not decision.start:
             return decision
         pairs, one_sided = self._made_of(facts.unused)
-        return decide(self.settings.train, replace(self._facts(), pairs=pairs, one_sided=one_sided))
+        return decide(self.settings.train, replace(facts, pairs=pairs, one_sided=one_sided))
 
     def _facts(self) -> Facts:
         running = self.store.list_jobs(1, state="running") or self.store.list_jobs(1, state="queued")

@@ -6,122 +6,116 @@ length in tokens. Must not import `serve`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from noria.records import Pair, Thumb
 from train.data.render import ChatRenderer
 from train.data.samples import LoadImage
+from train.data.snapshot import Judged
 
 
 @dataclass(frozen=True)
 class TextPair:
     """One pair as text. `prompt` ends where the answers begin; `images` are references in the prompt's order."""
 
-    preference_id: str
+    id: str
     prompt: str
     chosen: str
     rejected: str
     images: tuple[str, ...] = ()
 
     @property
-    def id(self) -> str:
-        """The judgement's."""
-        return self.preference_id
+    def answers(self) -> tuple[str, ...]:
+        """What follows the prompt, in turn."""
+        return self.chosen, self.rejected
 
 
 @dataclass(frozen=True)
 class TextThumb:
     """One answer with its thumb, as text; `prompt` and `images` as of a pair."""
 
-    feedback_id: str
+    id: str
     prompt: str
     answer: str
     up: bool
     images: tuple[str, ...] = ()
 
     @property
-    def id(self) -> str:
-        """The judgement's."""
-        return self.feedback_id
+    def answers(self) -> tuple[str, ...]:
+        """What follows the prompt."""
+        return (self.answer,)
 
 
-class _Renderer:
-    """Renders with one checkpoint's processor, and measures.
+Text = TypeVar("Text", TextPair, TextThumb)
+
+
+class Renderer(ABC, Generic[Judged, Text]):
+    """Renders judgements with one checkpoint's processor, and measures.
 
     One prompt is measured once: pictures make measuring slow, and a prompt has many judgements.
     """
 
-    def __init__(self, renderer: ChatRenderer, load_image: LoadImage) -> None:
-        self._renderer = renderer
+    def __init__(self, chat: ChatRenderer, load_image: LoadImage) -> None:
+        self.chat = chat
         self._load_image = load_image
         self._prompt_tokens: dict[str, int] = {}
 
-    def _readable(self, prompt: str, images: Sequence[str], answers: Sequence[str]) -> bool:
-        token = self._renderer.image_token
-        return prompt.count(token) == len(images) and not any(token in answer for answer in answers)
+    @abstractmethod
+    def render(self, judged: Judged) -> Text:
+        """The judgement as text."""
 
-    def _longest(self, prompt_hash: str, prompt: str, images: Sequence[str], answers: Sequence[str]) -> int:
-        if prompt_hash not in self._prompt_tokens:
-            self._prompt_tokens[prompt_hash] = self._count_prompt(prompt, images)
-        tokenizer = self._renderer.tokenizer
-        longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in answers)
-        return self._prompt_tokens[prompt_hash] + longest
-
-    def _count_prompt(self, prompt: str, images: Sequence[str]) -> int:
-        if not images:
-            return len(self._renderer.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        pictures = [self._load_image(one) for one in images]
-        encoded = self._renderer.processor(images=[pictures], text=[prompt], add_special_tokens=False)
-        return len(encoded["input_ids"][0])
-
-
-class PairRenderer(_Renderer):
-    """Renders pairs with one checkpoint's processor and measures them."""
-
-    def render(self, pair: Pair) -> TextPair:
-        """The pair as text."""
-        return TextPair(
-            preference_id=pair.preference_id,
-            prompt=self._renderer.prompt(pair.messages),
-            chosen=self._renderer.answer(pair.messages, pair.chosen, cut=pair.chosen_cut),
-            rejected=self._renderer.answer(pair.messages, pair.rejected, cut=pair.rejected_cut),
-            images=tuple(pair.images),
-        )
-
-    def is_readable(self, pair: Pair) -> bool:
+    def is_readable(self, judged: Judged) -> bool:
         """Whether each picture has its placeholder in the prompt, and there is no other anywhere.
 
         Somebody may have written one as text. The processor would look for its picture.
         """
-        rendered = self.render(pair)
-        return self._readable(rendered.prompt, pair.images, (rendered.chosen, rendered.rejected))
+        text, token = self.render(judged), self.chat.image_token
+        return text.prompt.count(token) == len(text.images) and not any(token in answer for answer in text.answers)
 
-    def tokens(self, pair: Pair) -> int:
-        """Prompt, pictures included, plus the longer answer, in tokens. Raises TrainingError for a bad picture."""
-        rendered = self.render(pair)
-        return self._longest(pair.prompt_hash, rendered.prompt, rendered.images, (rendered.chosen, rendered.rejected))
+    def tokens(self, judged: Judged) -> int:
+        """Prompt, pictures included, plus the longest answer, in tokens. Raises TrainingError for a bad picture."""
+        text = self.render(judged)
+        if judged.prompt_hash not in self._prompt_tokens:
+            self._prompt_tokens[judged.prompt_hash] = self._count_prompt(text.prompt, text.images)
+        return self._prompt_tokens[judged.prompt_hash] + max(map(self._count, text.answers))
+
+    def _count(self, text: str) -> int:
+        return len(self.chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _count_prompt(self, prompt: str, images: Sequence[str]) -> int:
+        if not images:
+            return self._count(prompt)
+        pictures = [self._load_image(one) for one in images]
+        encoded = self.chat.processor(images=[pictures], text=[prompt], add_special_tokens=False)
+        return len(encoded["input_ids"][0])
 
 
-class ThumbRenderer(_Renderer):
-    """Renders answers with a thumb, and measures them, as PairRenderer does pairs."""
+class PairRenderer(Renderer[Pair, TextPair]):
+    """Renders pairs and measures them."""
 
-    def render(self, thumb: Thumb) -> TextThumb:
-        """The answer as text."""
-        return TextThumb(
-            feedback_id=thumb.feedback_id,
-            prompt=self._renderer.prompt(thumb.messages),
-            answer=self._renderer.answer(thumb.messages, thumb.answer, cut=thumb.cut),
-            up=thumb.up,
-            images=tuple(thumb.images),
+    def render(self, judged: Pair) -> TextPair:
+        """The pair as text."""
+        return TextPair(
+            id=judged.preference_id,
+            prompt=self.chat.prompt(judged.messages),
+            chosen=self.chat.answer(judged.messages, judged.chosen, cut=judged.chosen_cut),
+            rejected=self.chat.answer(judged.messages, judged.rejected, cut=judged.rejected_cut),
+            images=tuple(judged.images),
         )
 
-    def is_readable(self, thumb: Thumb) -> bool:
-        """Whether each picture has its placeholder in the prompt, and there is no other anywhere."""
-        rendered = self.render(thumb)
-        return self._readable(rendered.prompt, thumb.images, (rendered.answer,))
 
-    def tokens(self, thumb: Thumb) -> int:
-        """Prompt, pictures included, plus the answer, in tokens. Raises TrainingError for a bad picture."""
-        rendered = self.render(thumb)
-        return self._longest(thumb.prompt_hash, rendered.prompt, rendered.images, (rendered.answer,))
+class ThumbRenderer(Renderer[Thumb, TextThumb]):
+    """Renders answers with a thumb and measures them."""
+
+    def render(self, judged: Thumb) -> TextThumb:
+        """The answer as text."""
+        return TextThumb(
+            id=judged.feedback_id,
+            prompt=self.chat.prompt(judged.messages),
+            answer=self.chat.answer(judged.messages, judged.answer, cut=judged.cut),
+            up=judged.up,
+            images=tuple(judged.images),
+        )

@@ -21,7 +21,11 @@ from train.pipeline.files import once, remove
 from train.pipeline.prepare import frozen_pairs, frozen_thumbs, parent_of
 
 REPORT = "train/report.json"
-LEARNT = ("steps", "pairs", "answers", "up", "down", "loss_first", "loss_last", "margin_last", "accuracy_last")
+LEARNT = (
+    *("steps", "pairs", "answers", "up", "down", "loss_first", "loss_last", "margin_last", "accuracy_last"),
+    *("reward_first", "reward_last"),
+)
+"""Figures of the report that a job and a version tell, as far as the method has them."""
 
 if TYPE_CHECKING:
     from train.methods.policies import Applied

@@ -8,20 +8,19 @@ Imports transformers inside its function only: the daemon that waits stays small
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
 
 from noria.errors import Conflict
 from noria.methods.table import reads_of
 from noria.records import Completion, Json, Pair, Snapshot, Thumb
 from train.data import calibration, snapshot
-from train.data.pairs import PairRenderer, ThumbRenderer
+from train.data.pairs import PairRenderer, Renderer, Text, ThumbRenderer
 from train.data.render import ChatRenderer
+from train.data.snapshot import Judged
 from train.pipeline.context import JobContext
 from train.pipeline.files import once, read_json
 from train.pipeline.lineage import Parent, find_parent, live_version, require_disk
 
 FILE = "snapshot.json"
-Judged = TypeVar("Judged", Pair, Thumb)
 
 
 def run(ctx: JobContext) -> Json:
@@ -127,7 +126,7 @@ def _select(ctx: JobContext, parent: Parent) -> snapshot.Selection[Pair]:
 
     measure = PairRenderer(ChatRenderer(load_processor(parent.master)), ctx.images)
     rows = ctx.store.training_pairs(exclude_used=ctx.train.preferences == "unused")
-    unfit = _unfit(ctx, measure.is_readable, measure.tokens)
+    unfit = _unfit(ctx, measure)
     selection = snapshot.select(rows, held_out=ctx.train.held_out, unfit=unfit)
     if len(selection.train) < ctx.train.min_pairs:
         raise Conflict(_too_few(ctx, selection.counts, "preferences", "training pairs"), code="too_few_preferences")
@@ -139,7 +138,7 @@ def _select_thumbs(ctx: JobContext, parent: Parent) -> snapshot.Selection[Thumb]
 
     measure = ThumbRenderer(ChatRenderer(load_processor(parent.master)), ctx.images)
     rows = ctx.store.training_thumbs(exclude_used=ctx.train.preferences == "unused")
-    unfit = _unfit(ctx, measure.is_readable, measure.tokens)
+    unfit = _unfit(ctx, measure)
     selection = snapshot.select_thumbs(rows, held_out=ctx.train.held_out, unfit=unfit)
     if len(selection.train) < ctx.train.min_pairs:
         raise Conflict(_too_few(ctx, selection.counts, "thumbs", "training answers"), code="too_few_thumbs")
@@ -153,17 +152,15 @@ def _select_thumbs(ctx: JobContext, parent: Parent) -> snapshot.Selection[Thumb]
     return selection
 
 
-def _unfit(
-    ctx: JobContext, is_readable: Callable[[Judged], bool], tokens: Callable[[Judged], int]
-) -> Callable[[Judged], str | None]:
+def _unfit(ctx: JobContext, renderer: Renderer[Judged, Text]) -> Callable[[Judged], str | None]:
     """What only a look at the rendered texts can tell, as `snapshot.select` asks it."""
     longest: int = getattr(ctx.train, ctx.job.method).max_length
 
     def unfit(row: Judged) -> str | None:
         ctx.check()
-        if not is_readable(row):
+        if not renderer.is_readable(row):
             return "unreadable"
-        return "too_long" if tokens(row) > longest else None
+        return "too_long" if renderer.tokens(row) > longest else None
 
     return unfit
 

@@ -91,7 +91,6 @@ def _draft(ctx: JobContext) -> ManifestDraft:
     trained, verified = read_json(ctx.folder / REPORT) or ctx.done["train"], ctx.done["verify"]
     quantized = read_json(ctx.folder / "quantize.json") or ctx.done["quantize"]
     require_frozen(ctx, quantized["frozen"])
-    learnt = (*LEARNT, "reward_first", "reward_last")
     checked = ("mean_kl", "max_kl", "agreement")
     return ManifestDraft(
         parent=parent.version,
@@ -105,7 +104,7 @@ def _draft(ctx: JobContext) -> ManifestDraft:
         quantization=quantized["quantization"],
         calibration=quantized.get("calibration", {}),
         metrics={
-            **{key: trained[key] for key in learnt if trained.get(key) is not None},
+            **{key: trained[key] for key in LEARNT if trained.get(key) is not None},
             **{key: verified[key] for key in checked if key in verified},
             "counts": ctx.done["snapshot"]["counts"],
         },

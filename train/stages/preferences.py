@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 
@@ -20,9 +20,10 @@ from noria.methods.preferences import SETTINGS, PreferenceSettings
 from noria.methods.table import PreferenceMethod
 from noria.recipes import RecipeStage
 from noria.records import Json, Pair, Thumb
-from train.data.pairs import PairRenderer, TextPair, TextThumb, ThumbRenderer
+from train.data.pairs import PairRenderer, Renderer, Text, TextPair, TextThumb, ThumbRenderer
 from train.data.render import ChatRenderer
 from train.data.samples import LoadImage, PreferenceSample, ThumbSample
+from train.data.snapshot import Judged
 from train.methods.policy_model import Base, load_processor
 from train.methods.preferences import method
 from train.methods.preferences.steps import Step as MethodStep
@@ -31,8 +32,6 @@ from train.stages.spec import CHECKPOINTS, DELTA, StageRun, Step
 from train.stages.trainer import rates
 
 FIGURES = ("margin", "accuracy", "reward_chosen", "reward_rejected", "kl")
-Row = TypeVar("Row", Pair, Thumb)
-Text = TypeVar("Text", TextPair, TextThumb)
 
 
 def train_preferences(run: StageRun, listener: Listener) -> Json:
@@ -103,34 +102,28 @@ def _judgements(
     if run.stage.kind == "kto":
         thumbs = ThumbRenderer(chat, load_image)
         rows = (_thumb(cast(ThumbSample, samples[number])) for number in range(len(samples)))
-        answers = _fitting(run, rows, len(samples), thumbs.is_readable, thumbs.tokens, thumbs.render, listener)
+        answers = _fitting(run, rows, len(samples), thumbs, listener)
         _require_both_kinds(run.stage.name, answers[0])
         return answers
     pairs = PairRenderer(chat, load_image)
     made = (_pair(cast(PreferenceSample, samples[number])) for number in range(len(samples)))
-    return _fitting(run, made, len(samples), pairs.is_readable, pairs.tokens, pairs.render, listener)
+    return _fitting(run, made, len(samples), pairs, listener)
 
 
 def _fitting(
-    run: StageRun,
-    rows: Iterator[Row],
-    count: int,
-    is_readable: Callable[[Row], bool],
-    tokens: Callable[[Row], int],
-    render: Callable[[Row], Text],
-    listener: Listener,
+    run: StageRun, rows: Iterator[Judged], count: int, renderer: Renderer[Judged, Text], listener: Listener
 ) -> tuple[list[Text], dict[str, int]]:
     kept: list[Text] = []
     left_out = {"unreadable": 0, "too_long": 0}
     for number, row in enumerate(rows, start=1):
         listener.check()
         listener.on_measured(number / count)
-        if not is_readable(row):
+        if not renderer.is_readable(row):
             left_out["unreadable"] += 1
-        elif tokens(row) > run.stage.max_length:
+        elif renderer.tokens(row) > run.stage.max_length:
             left_out["too_long"] += 1
         else:
-            kept.append(render(row))
+            kept.append(renderer.render(row))
     if not kept:
         raise TrainingError(
             f"stage {run.stage.name!r}: none of {count} {'answers' if run.stage.kind == 'kto' else 'pairs'} can be "

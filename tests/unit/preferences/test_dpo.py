@@ -200,7 +200,7 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_batch(
         train_method(
             with_nan(tiny_vlm, tmp_path / "broken"),
             [],
-            [replace(one, preference_id=f"pref_nan_{n}") for n, one in enumerate(pairs[:2])],
+            [replace(one, id=f"pref_nan_{n}") for n, one in enumerate(pairs[:2])],
             load_image,
             tmp_path / "adapter",
             settings(batch_size=2, micro_batch_size=2).dpo,

@@ -7,6 +7,7 @@ Must not import `serve`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class Heard:
         return self.outputs
 
 
-class GuardedTrainer(CheckpointedTrainer):
+class GuardedTrainer(CheckpointedTrainer, ABC):
     """A TRL trainer over applied policies, that keeps what the reference says and refuses a bad loss.
 
     The reference is the policy before its first step and never changes, so one forward a row is enough. TRL can read
@@ -132,29 +133,29 @@ class GuardedTrainer(CheckpointedTrainer):
         """The judgements that took part in the step now under way."""
         return [self._judgements[row].id for row in self.step_rows]
 
+    @abstractmethod
     def learnt_from(self) -> dict[str, int]:
         """Counts of what it reads, for the report."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _add_reference(self, model: Any, inputs: dict[str, Any], rows: list[int]) -> None:
         """Puts what the reference says of these rows into the batch, as TRL reads it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _whole(self, loss: Any, outputs: Any, inputs: dict[str, Any]) -> Any:
         """The loss and figures of a micro-batch, after TRL's part of both."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _batches(self) -> list[list[int]]:
         """Rows of every batch that `keep_reference` has to run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _kept(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds of the reference, and of other state, beside what trains."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _restore(self, kept: dict[str, torch.Tensor]) -> None:
         """Takes back what `_kept` gave."""
-        raise NotImplementedError
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -27,8 +27,13 @@ _SEEN = 0.25  # the least share of a box that the tower must see for it to count
 _UNKNOWN = -100
 
 
-class VisionTask:
-    """The tower under heads. `model` holds both, so that one optimiser and one checkpoint do."""
+class LabelledTask:
+    """What stages over pictures with labels share: their batches, of which an item is a picture.
+
+    A kind of stage adds `model`, which tells what a batch costs, and a report.
+    """
+
+    model: nn.Module
 
     def __init__(
         self,
@@ -44,16 +49,13 @@ class VisionTask:
         self._views = Views(applied.model, applied.architecture, processor)
         self.vocabulary = vocabulary(samples)
         self.plan: Plan = plan(stage, range(len(samples)))
-        self.model = TowerWithHeads(applied.model, self._views, Heads(self._views.width, self.vocabulary))
-        self._head_rate = stage.head_learning_rate or HEAD_RATE
 
     def groups(self, model: Any) -> list[dict[str, Any]]:
-        """The tower's groups, and one of the heads."""
-        heads = [p for name, p in model.named_parameters() if ".heads." in f".{name}"]
-        return [*self._applied.groups, {"params": heads, "lr": self._head_rate, "weight_decay": 0.0}]
+        """The groups of the applied policies."""
+        return self._applied.groups
 
     def collate(self, units: list[Unit]) -> dict[str, Any]:
-        """Pixels and what is true of them; an item is a picture."""
+        """Pixels and what is true of them."""
         samples = [self._samples[number] for unit in units for number in unit]
         pictures = [self._load_image(sample.image) for sample in samples]
         return {
@@ -68,6 +70,27 @@ class VisionTask:
         """Summed over pictures."""
         total, figures = model(batch["pixels"], batch["truth"])
         return total, figures
+
+
+class VisionTask(LabelledTask):
+    """The tower under heads. `model` holds both, so that one optimiser and one checkpoint do."""
+
+    def __init__(
+        self,
+        applied: Applied,
+        processor: Any,
+        samples: Sequence[VisionSample],
+        load_image: LoadImage,
+        stage: RecipeStage,
+    ) -> None:
+        super().__init__(applied, processor, samples, load_image, stage)
+        self.model = TowerWithHeads(applied.model, self._views, Heads(self._views.width, self.vocabulary))
+        self._head_rate = stage.head_learning_rate or HEAD_RATE
+
+    def groups(self, model: Any) -> list[dict[str, Any]]:
+        """The tower's groups, and one of the heads."""
+        heads = [p for name, p in model.named_parameters() if ".heads." in f".{name}"]
+        return [*super().groups(model), {"params": heads, "lr": self._head_rate, "weight_decay": 0.0}]
 
     def report(self) -> Json:
         """What the heads told apart."""

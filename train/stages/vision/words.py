@@ -7,8 +7,8 @@ What an aligner learns through a frozen language model need not look like words:
 53 times as long as an embedding and at right angles to that of the word they stood for, and circuits that the language
 model has for words (finding a word again, saying what stood beside it) did not answer to them. Here a patch in a box
 is to be the embedding of the box's word, and a patch that shows nothing that of a line's end. The language model never
-runs, so a step costs a hundredth.
-Shape suffixes: B pictures, N patches of each, O boxes, W words, H the width of the language model, T tokens.
+runs.
+Shape suffixes: B pictures, N patches of each, O boxes, W words, H the width of the language model.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from noria.recipes import RecipeStage
 from noria.records import Json
 from train.data.samples import LoadImage, VisionSample
 from train.methods.policies import Applied
-from train.stages.order import Plan, Unit, plan
-from train.stages.vision.heads import Vocabulary, assign, dense_patches
-from train.stages.vision.task import truth, vocabulary
+from train.stages.vision.heads import assign, dense_patches
+from train.stages.vision.task import LabelledTask
 from train.stages.vision.views import Views
 
 NOTHING = "\n"
@@ -36,8 +35,8 @@ NOTHING = "\n"
 _NOTHING_WEIGHT = 0.15  # most patches show nothing; what they say matters less
 
 
-class WordsTask:
-    """The aligner over a frozen tower. An item is a picture."""
+class WordsTask(LabelledTask):
+    """The aligner over a frozen tower, against words."""
 
     def __init__(
         self,
@@ -47,41 +46,14 @@ class WordsTask:
         load_image: LoadImage,
         stage: RecipeStage,
     ) -> None:
-        self._samples = samples
-        self._load_image = load_image
-        self._applied = applied
-        self._views = Views(applied.model, applied.architecture, processor)
-        self.vocabulary = vocabulary(samples)
-        if not self.vocabulary.words:
+        super().__init__(applied, processor, samples, load_image, stage)
+        words = self.vocabulary.words
+        if not words:
             raise TrainingError(
                 f"stage {stage.name!r}: no box says a word; it needs objects in its rows", code="no_data"
             )
         tokenizer = getattr(processor, "tokenizer", processor)
-        words_WH, nothing_H = embeddings(applied.model, tokenizer, self.vocabulary.words)
-        self.plan: Plan = plan(stage, range(len(samples)))
-        self.model = AlignerAgainstWords(applied.model, applied.architecture, self._views, words_WH, nothing_H)
-
-    def groups(self, model: Any) -> list[dict[str, Any]]:
-        """The groups of the applied policies."""
-        return self._applied.groups
-
-    def collate(self, units: list[Unit]) -> dict[str, Any]:
-        """Pixels, boxes and which word each says."""
-        samples = [self._samples[number] for unit in units for number in unit]
-        pictures = [self._load_image(sample.image) for sample in samples]
-        known = Vocabulary({}, self.vocabulary.words)
-        return {
-            "pixels": self._views.pixels(pictures),
-            "truth": truth(samples, [self._views.window(one) for one in pictures], known),
-            "items": len(samples),
-            "tokens": len(samples),
-            "sources": [sample.source for sample in samples],
-        }
-
-    def loss(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
-        """Squared distance to the embeddings, in variances of one, a mean over patches summed over pictures."""
-        loss, figures = model(batch["pixels"], batch["truth"])
-        return loss, figures
+        self.model = AlignerAgainstWords(applied, self._views, *embeddings(applied.model, tokenizer, words))
 
     def report(self) -> Json:
         """Which words were taught."""
@@ -94,20 +66,21 @@ class AlignerAgainstWords(nn.Module):
     words_WH: torch.Tensor
     nothing_H: torch.Tensor
 
-    def __init__(
-        self, model: Any, architecture: Architecture, views: Views, words_WH: torch.Tensor, nothing_H: torch.Tensor
-    ) -> None:
+    def __init__(self, applied: Applied, views: Views, words_WH: torch.Tensor, nothing_H: torch.Tensor) -> None:
         super().__init__()
-        self.model = model
+        self.model = applied.model
         self._views = views
-        self._path = aligner_path(architecture)
+        self._path = aligner_path(applied.architecture)
         self.register_buffer("words_WH", words_WH, persistent=False)
         self.register_buffer("nothing_H", nothing_H, persistent=False)
 
     def forward(
         self, pixels: Mapping[str, torch.Tensor], true: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The summed loss; `accuracy/words`: of patches with a word, those nearest to its embedding by cosine."""
+        """The squared distance to the embeddings, in variances of one: a mean over patches, summed over pictures.
+
+        `accuracy/words`: of the patches with a word, those that are nearest to its embedding by cosine.
+        """
         boxes_BO4, words_BOW = true["boxes"], true["words"]
         dense = dense_patches(self._views.patches(pixels), len(boxes_BO4))
         said_BNH = self.model.get_submodule(self._path)(dense.features_BND).float()
