@@ -27,7 +27,7 @@ from noria.evals.questions import Question, content_of
 from noria.registry import Registry
 from noria.sampling import Drawing, SamplingPool
 from noria.scenes import draw, scene_questions
-from noria.scenes.asked import DRAWN_KINDS
+from noria.scenes.asked import JUDGED_KINDS
 from noria.scenes.drawn.words import HELD_OUT
 from noria.settings import Settings
 from noria.store import Store
@@ -55,9 +55,9 @@ def parent_of(home: Path) -> Parent:
 
 def asked_of(count: int) -> list[Question]:
     """So many questions, kinds in turn."""
-    each = -(-count // len(DRAWN_KINDS))
+    each = -(-count // len(JUDGED_KINDS))
     found = as_asked(scene_questions(HELD_OUT, SEED, each), "generation")
-    return [found[number % len(DRAWN_KINDS) * each + number // len(DRAWN_KINDS)] for number in range(count)]
+    return [found[number % len(JUDGED_KINDS) * each + number // len(JUDGED_KINDS)] for number in range(count)]
 
 
 def by_engine(home: Path, lora: Path, asked: argparse.Namespace) -> Seen:

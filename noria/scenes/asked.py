@@ -25,10 +25,15 @@ _DRAWN = {
     questions.COUNT: "many",
     questions.LEFT_RIGHT: "two",
     questions.DIGIT: "digit",
+    questions.SIZE: "one",
+    questions.ABOVE_BELOW: "two",
+    questions.THERE: "many",
 }
 DRAWN_KINDS = tuple(_DRAWN)
 """The kinds of questions about drawn scenes, in order."""
-KINDS = (*DRAWN_KINDS, HANDWRITING)
+JUDGED_KINDS = DRAWN_KINDS[:5]
+"""Those that the eyes are judged by."""
+KINDS = (*JUDGED_KINDS, HANDWRITING)
 """The kinds of held-out questions, in order."""
 
 
@@ -47,7 +52,7 @@ def held_out_questions(each: int = 200) -> list[PictureQuestion]:
     return scene_questions(HELD_OUT, SEED, each) + [_written(index) for index in range(each)]
 
 
-def scene_questions(split: str, seed: int, each: int, kinds: Collection[str] = DRAWN_KINDS) -> list[PictureQuestion]:
+def scene_questions(split: str, seed: int, each: int, kinds: Collection[str] = JUDGED_KINDS) -> list[PictureQuestion]:
     """`each` questions of every kind about drawn scenes of a split; kinds have seeds of their own, from `seed` on."""
     wanted = [(seed + number, kind) for number, kind in enumerate(DRAWN_KINDS) if kind in kinds]
     return [one for of, kind in wanted for one in _some(kind, each, split, of)]

@@ -105,7 +105,7 @@ def test_made_scenes_are_asked_with_their_truth() -> None:
         assert one.images[0].startswith("scene:train/")
         assert len(one.answers) == 1
     assert [one.answers for one in found.prompts[1::2]] == [("1",), ("2",), ("3",)]
-    everything = read({"source": "scenes", "count": 10})
+    everything = read({"source": "scenes", "count": 2 * len(DRAWN_KINDS)})
     assert Counter(one.extra["kind"] for one in everything.prompts) == dict.fromkeys(DRAWN_KINDS, 2)
     assert read({"source": "scenes", "count": 7, "seed": 9}).sha256 != found.sha256
     with pytest.raises(InvalidRequest, match="no kind of questions is called 'smell'; there are colour, "):
