@@ -2,8 +2,8 @@
 
 Comes in: words of the operator's, a set's name, or a file. Goes out: conversations with what is known of them.
 A line of a `.jsonl` file has `messages`, or `prompt` (or `question`) with `image` or `images`; `answers` (or `answer`)
-where the right ones are known; every other key goes to the rewards as it is. Other formats, and sets by name, are read
-as `noria eval` reads them.
+where the right ones are known; `options` are shown behind the words. Every key but the prompt's own goes to the rewards
+as it is. Other formats, and sets by name, are read as `noria eval` reads them.
 """
 
 from __future__ import annotations
@@ -56,13 +56,17 @@ def _rows(path: Path) -> Iterator[Prompt]:
 
 
 def _messages(row: Json, folder: Path, where: str) -> list[Json]:
-    if isinstance(row.get("messages"), list) and row["messages"]:
-        return list(row["messages"])
-    words = row.get("prompt") or row.get("question")
-    if not isinstance(words, str):
+    asked = row.get("messages") or row.get("prompt") or row.get("question")
+    if isinstance(asked, list):
+        return list(asked)
+    if not isinstance(asked, str):
         raise InvalidRequest(f"{where}: one of 'messages', 'prompt' and 'question' is needed", param="prompts")
+    if row.get("options"):
+        from noria.evals.readers.jsonl import with_options
+
+        asked = with_options(asked, [str(option) for option in row["options"]])
     pictures: Any = row.get("images") or ([row["image"]] if row.get("image") else [])
-    return [_user(words, pictures, folder)]
+    return [_user(asked, pictures, folder)]
 
 
 def _user(words: str, pictures: Sequence[str], folder: Path) -> Json:
@@ -91,7 +95,12 @@ def _questions(named: str, limit: int | None) -> list[Prompt]:
     return [
         Prompt(
             [{"role": "user", "content": content_of(one)}],
-            {"answers": list(one.answers), "metric": one.metric, "options": list(one.options)},
+            {
+                "answers": list(one.answers),
+                "metric": one.metric,
+                "tolerance": one.tolerance,
+                **({"options": list(one.options)} if one.options else {}),
+            },
         )
         for one in loaded.questions
     ]

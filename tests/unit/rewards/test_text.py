@@ -45,6 +45,7 @@ def value(made: Reward, text: str, answers: tuple[str, ...] = (), extra: Json | 
         ({}, "The answer is B.", ("blue",), {"options": ["red", "blue"]}, 1.0),
         ({}, "(A)", ("1",), {"options": ["red", "blue"]}, 0.0),
         ({}, "7", ("seven",), {"metric": "number"}, 1.0),
+        ({}, "red", ("red",), {"options": []}, 1.0),
         ({"extract": r"<answer>(.*?)</answer>"}, "red <answer>x</answer> <answer> blue </answer>", ("blue",), {}, 1.0),
         ({"extract": r"<answer>(.*?)</answer>"}, "blue", ("blue",), {}, 0.0),
         ({"extract": r"\d+"}, "3 then 5", ("5",), {}, 1.0),

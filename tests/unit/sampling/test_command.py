@@ -13,8 +13,10 @@ from noria.cli.main import call
 from noria.cli.sample.prompts import prompts_of
 from noria.errors import InvalidRequest
 from noria.records import Json
+from noria.rewards import ExactOptions
 from tests.contract.fake_engine import FakeSystem
 from tests.unit.evals.files import png
+from train.rewards import Sample, build
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -120,3 +122,25 @@ def test_a_set_of_questions_is_asked_with_its_answers() -> None:
     found: list[Any] = prompts_of(None, [], "embedded-text", 3)
     assert len(found) == 3 and all(one.known["answers"] and one.known["metric"] for one in found)
     assert isinstance(found[0].messages[0]["content"], str)
+
+
+@pytest.mark.parametrize("named", ["embedded", "embedded-text"])
+def test_every_question_of_a_set_can_be_judged(named: str) -> None:
+    """Those with options and those without, as the reward `exact` reads what is known of them."""
+    found = prompts_of(None, [], named, None)
+    exact = build(ExactOptions())
+    for one in found:
+        (right,) = exact(
+            [Sample(one.messages, one.known["answers"][0], answers=tuple(one.known["answers"]), extra=one.known)]
+        )
+        assert right == 1.0
+
+
+def test_a_row_s_options_are_shown_and_its_prompt_may_be_messages(tmp_path: Path) -> None:
+    rows = tmp_path / "prompts.jsonl"
+    asked = [{"role": "user", "content": "u"}]
+    rows.write_text("\n".join(map(json.dumps, ({"prompt": "Which?", "options": ["red", "blue"]}, {"prompt": asked}))))
+    with_options, plain = prompts_of(None, [], str(rows), None)
+    assert with_options.messages[0]["content"].startswith("Which?\n(A) red\n(B) blue\n")
+    assert with_options.known == {"options": ["red", "blue"]}
+    assert plain.messages == asked

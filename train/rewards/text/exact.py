@@ -54,7 +54,7 @@ class ExactReward:
         if not sample.answers:
             return NO_ANSWER
         told = sample.extra.get("options")
-        options = texts_of(told, "options") if told is not None else ()
+        options = texts_of(told, "options") if told not in (None, []) else ()
         metric = self._options.metric or sample.extra.get("metric") or ("choice" if options else "exact")
         if metric not in METRICS:
             return BAD_METRIC
