@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from noria.errors import InvalidRequest
 from noria.records import Json, Side, Verdict
 
+COLDEST = 0.01  # the lowest temperature above 0 that vLLM 0.31 draws at; a lower one it raises to this, in silence
+
 
 class Body(BaseModel):
     """A request body: an unknown field is refused, so that a typing error is not silently ignored."""
@@ -91,8 +93,8 @@ class SampleBody(Body):
 
     messages: list[Json] = Field(min_length=1)
     n: int = Field(1, ge=1, le=256)
-    temperature: float = Field(1.0, ge=0, le=10)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float = Field(1.0, ge=0, le=10, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     top_k: int = Field(0, ge=-1)
     max_tokens: int = Field(256, ge=1)
     seed: int | None = Field(None, ge=0, lt=2**62)
@@ -103,6 +105,8 @@ class SampleBody(Body):
     def _draws(self) -> Self:
         if self.n > 1 and self.temperature == 0:
             raise ValueError("n samples of temperature 0 are one sample; draw at a temperature above 0, or n = 1")
+        if 0 < self.temperature < COLDEST:
+            raise ValueError(f"the engine draws at 0, or at {COLDEST:g} and above, not at {self.temperature:g}")
         return self
 
 
@@ -111,7 +115,7 @@ class AdapterQuery(Body):
 
     name: str = Field(min_length=1)
     version: str = Field(min_length=1)
-    ttl_s: float = Field(600.0, gt=0, le=86_400)
+    ttl_s: float = Field(600.0, gt=0, le=86_400, allow_inf_nan=False)
 
 
 class Page(Body):

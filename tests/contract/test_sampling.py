@@ -187,6 +187,7 @@ def test_a_server_without_room_for_adapters_says_what_to_set(tmp_path: Path, ada
         ({"messages": []}, "messages"),
         ({**WORDS, "n": 0}, "n"),
         ({**WORDS, "n": 2, "temperature": 0}, "body"),
+        ({**WORDS, "temperature": 0.005}, "body"),
         ({**WORDS, "top_p": 0}, "top_p"),
         ({**WORDS, "max_tokens": 0}, "max_tokens"),
         ({**WORDS, "priority": 1}, "priority"),
@@ -245,6 +246,8 @@ def test_the_statuses_on_the_wire(doors: tuple[Place, Place], fake: FakeSystem) 
     assert httpx.post(f"{url}/samples", json={**WORDS, "adapter": "none"}).status_code == 404
     assert httpx.put(f"{url}/adapters/a", params={"version": "v1"}, content=b"short").status_code == 400
     assert httpx.put(f"{url}/adapters/a", content=b"").status_code == 400  # no version
+    endless = httpx.put(f"{url}/adapters/a", params={"version": "v1", "ttl_s": "nan"}, content=b"")
+    assert (endless.status_code, endless.json()["error"]["param"]) == (400, "ttl_s")  # no lease would ever end
     answer = httpx.post(f"{url}/samples", json=WORDS)
     assert answer.headers["x-noria-model-version"] == "v1"
     with grpc.insecure_channel(f"127.0.0.1:{fake.grpc_port}") as channel:
