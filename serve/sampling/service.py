@@ -145,11 +145,10 @@ class Sampling:
                     self.counts.tokens += group.tokens
             self.counts.done += 1
             return answer
-        except (Superseded, Unavailable):
-            self.counts.ended += 1
-            raise
-        except NoriaError:
-            self.counts.refused += 1
+        except BaseException as error:  # a bug and a cancellation are ends too
+            refused = isinstance(error, NoriaError) and not isinstance(error, (Superseded, Unavailable))
+            self.counts.refused += refused
+            self.counts.ended += not refused
             raise
 
     @contextlib.asynccontextmanager

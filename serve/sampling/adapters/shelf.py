@@ -115,6 +115,7 @@ class AdapterShelf:
         self._linears: dict[str, Linears] = {}
         self._numbers = itertools.count(FIRST_NUMBER)
         self._changing = asyncio.Lock()
+        self._leaving: set[asyncio.Task[None]] = set()
 
     def held(self) -> list[Adapter]:
         """What is loaded, the oldest first."""
@@ -170,13 +171,15 @@ class AdapterShelf:
         return {"object": "adapter.deleted", "name": name, "deleted": True}
 
     async def drop_all(self) -> None:
-        """Unloads every adapter: another version is about to serve, or nothing any more.
+        """Unloads every adapter, those too whose deletion is under way: another version is about to serve, or nothing.
 
         vLLM reads adapters from their folders again after a reload, and ends the engine where one is gone.
         """
         for adapter in self.held():
             if self._held.pop(adapter.name, None) is not None:
                 await self._unload(adapter)
+        while self._leaving:
+            await asyncio.wait(self._leaving)
 
     async def expire(self) -> None:
         """Unloads the adapters whose lease is over and on which nothing runs."""
@@ -235,6 +238,13 @@ class AdapterShelf:
         return adapter
 
     async def _unload(self, adapter: Adapter) -> None:
+        """To its end, also where whoever asked for it leaves: nobody would find the adapter again."""
+        leaving = asyncio.create_task(self._let_go(adapter))
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
+        await asyncio.shield(leaving)
+
+    async def _let_go(self, adapter: Adapter) -> None:
         await adapter.idle.wait()
         try:
             await self._engine.unload(adapter.loaded)

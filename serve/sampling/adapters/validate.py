@@ -23,7 +23,8 @@ from noria.records import Json
 from serve.release.validate import TensorEntry, check_finite, read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-DTYPES = ("F32", "BF16", "F16")
+DTYPES = {"F32": 4, "BF16": 2, "F16": 2}
+"""Bytes of a number."""
 HEADER_BYTES = 16 * 2**20  # room for the names and shapes of every factor
 _FACTOR = re.compile(r"base_model\.model\.(?P<linear>.+)\.lora_(?P<side>[AB])\.weight")
 _NOT_PLAIN = (
@@ -80,7 +81,7 @@ def _check_config(path: Path, max_rank: int) -> int:
     try:
         config: Json = json.loads(path.read_bytes())
         rank, alpha = config["r"], config["lora_alpha"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _wrong(f"it is not peft's configuration of a LoRA ({type(error).__name__}: {error})", CONFIG) from error
     not_plain = [key for key in _NOT_PLAIN if config.get(key)]
     if config.get("peft_type", "LORA") != "LORA" or config.get("bias", "none") != "none" or not_plain:
@@ -112,6 +113,8 @@ def _check_tensors(tensors: Mapping[str, TensorEntry], linears: Linears, rank: i
             raise _wrong(f"tensor {name} has shape {list(entry.shape)}, {list(wanted)} is needed", name)
         if entry.dtype not in DTYPES:
             raise _wrong(f"tensor {name} is {entry.dtype}, not one of {', '.join(DTYPES)}", name)
+        if entry.end - entry.begin != wanted[0] * wanted[1] * DTYPES[entry.dtype]:
+            raise _wrong(f"tensor {name} has {entry.end - entry.begin} bytes, too few or too many for its shape", name)
         sides.setdefault(match["linear"], set()).add(match["side"])
     for linear, found in sides.items():
         if len(found) != 2:

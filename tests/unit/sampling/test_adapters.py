@@ -87,6 +87,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "other rank": (upload(factors(4)), "has shape"),
     "half": (upload(changed(lambda t: t.pop(B))), "lora_A alone"),
     "dtype": (upload(changed(lambda t: t.update({A: t[A].astype(np.int32)}))), "I32"),
+    "bytes": (upload().replace(b'"F32"', b'"F16"'), "too few or too many"),
+    "nested": (upload(configuration=b"[" * 100_000), "not peft's configuration"),
     "nan": (upload(changed(lambda t: t[B].fill(np.nan))), "NaN or infinity"),
     "nothing": (upload({}), "no tensor"),
     "header": (upload()[:-5], "truncated"),
@@ -198,6 +200,21 @@ async def test_an_adapter_waits_for_its_groups_before_it_goes(tmp_path: Path) ->
             async with one.shelf.use("a", one.v1):
                 pass
     assert (await dropping)["deleted"] and one.engine.loaded == {}
+
+
+async def test_who_leaves_while_it_is_unloaded_leaves_it_to_its_end(tmp_path: Path) -> None:
+    """A swap waits for that, too: the engine would look for a folder that is going."""
+    one = Shelf(tmp_path)
+    await one.shelf.put("a", "v1", pieces(upload()), 10.0)
+    async with one.shelf.use("a", one.v1):
+        dropping = asyncio.create_task(one.shelf.drop("a"))
+        await asyncio.sleep(0.01)
+        dropping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dropping
+        assert len(one.engine.loaded) == 1
+    await one.shelf.drop_all()
+    assert (one.engine.loaded, one.files()) == ({}, [])
 
 
 async def test_an_upload_does_not_slip_past_a_swap(tmp_path: Path) -> None:
