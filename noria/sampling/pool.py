@@ -70,6 +70,11 @@ class Member:
         with self.lock:
             self.failures, self.error, self._until = 0, None, 0.0
 
+    def begun(self) -> None:
+        """Another run begins: what it said of another version may be over by now."""
+        if isinstance(self.error, Superseded):
+            self.worked()
+
     def failed(self, error: NoriaError) -> None:
         """It did not; threads that fail together count once."""
         with self.lock:
@@ -254,6 +259,8 @@ class _Run:
             for member in self._pool.members
             for _ in range(self._pool._concurrency)
         ]
+        for member in self._pool.members:
+            member.begun()
         for thread in threads:
             thread.start()
         try:

@@ -212,6 +212,9 @@ def test_another_version_is_an_error_only_where_all_have_it(places: list[FakePla
     with pytest.raises(Superseded):
         pool.put_adapter("next", FOLDER, "v1")
     assert pool.version() == "v2"
+    a.version = b.version = "v1"  # rolled back; what was said before counts no more
+    a.before = b.before = lambda: time.sleep(0.05)
+    assert asked(list(pool.sample(PROMPTS[:2], Drawing(), version="v1"))) == [0, 1]
 
 
 def test_what_an_address_refuses_is_raised(places: list[FakePlace]) -> None:
