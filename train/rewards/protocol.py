@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from noria.records import Json, Pair
@@ -94,5 +95,5 @@ class Backing:
     frozen: Callable[[], AbstractContextManager[Any]] = nullcontext
     load_image: LoadImage | None = None
     pairs: Pairs | None = None
-    folder: Any = None
+    folder: Path | None = None
     check: Callable[[], None] = lambda: None

@@ -43,6 +43,10 @@ def by_text(sample: Sample) -> Any:
         case "hang for good":
             signal.signal(signal.SIGALRM, signal.SIG_IGN)
             time.sleep(600)
+        case "close":
+            os.closerange(3, 64)
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
+            time.sleep(600)
         case "print":
             print("noise", flush=True)
             os.write(1, b"more noise\n")

@@ -66,6 +66,7 @@ def test_it_says_what_the_function_says(make: Make) -> None:
         ("hang", Failure("timeout")),
         ("hang in C", Failure("timeout")),
         ("hang for good", Failure("timeout")),
+        ("close", Failure("timeout")),
         ("none", Failure("unjudged")),
         ("text", Failure("returned str")),
         ("list", Failure("returned list")),

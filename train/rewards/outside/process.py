@@ -112,7 +112,10 @@ class FunctionProcess:
         if line:
             told: Json = json.loads(line)
             return told
-        return _TIMEOUT if child.wait() == -signal.SIGALRM else Failure("died")
+        try:
+            return _TIMEOUT if child.wait(timeout_s + GRACE_S) == -signal.SIGALRM else Failure("died")
+        except subprocess.TimeoutExpired:  # it has closed its pipes and goes on
+            return _TIMEOUT
 
 
 def _python_path() -> list[str]:

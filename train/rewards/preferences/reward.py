@@ -55,7 +55,7 @@ def preference_reward(options: PreferencesOptions, backing: Backing) -> Preferen
 
     Raises TrainingError: the job lends no model or no pairs, the head is another model's, or below `min_accuracy`.
     """
-    kept: Path | None = None if backing.folder is None else Path(backing.folder) / f"reward-{options.key}"
+    kept = None if backing.folder is None else backing.folder / f"reward-{options.key}"
     folder = options.head or (kept if kept is not None and kept.is_dir() else None)
     if folder is None:
         return _learnt(options, backing, kept)
