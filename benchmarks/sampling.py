@@ -3,8 +3,7 @@
 Comes in: a home whose live version is copied and served (`--home`), else a tiny random VLM. Goes out: tables.
 Each row is one server: how vLLM schedules, whether there is room for policy adapters, how many samples may run beside
 users. On each: users alone (a saturated engine's tokens/s, and times to first token of users who pause between their
-questions), sampling alone, and both. `--transformers` adds the same samples by transformers' `generate`, which is what
-TRL does without vLLM. Servers run one after the other, `--rounds` times over, in alternating order.
+questions), sampling alone, and both. Servers run one after the other, `--rounds` times over, in alternating order.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from rich.table import Table
 from noria.registry import Registry
 from noria.sampling import Drawing, SamplingPool
 from noria.store import Store
-from tests.flow.policies import dense, picture, write_lora
+from tests.flow.policies import picture, write_lora
 from tests.servers import publish_tiny, start_server
 
 GROUP, SAMPLE_TOKENS = 8, 64
@@ -203,39 +202,13 @@ def measure(case: Case, home: Path, lora: Path | None, seen: Seen, seconds: floa
             seen.sampling_beside.append((sampled(server.url) - before) / (time.monotonic() - started))
 
 
-def generated(serving: Path, seconds: float) -> float:
-    """Tokens per second of transformers' `generate`, groups of GROUP in one batch, in bfloat16."""
-    import torch
-    from transformers import AutoProcessor
-
-    model, _ = dense(serving)
-    model = model.to(torch.bfloat16).eval()
-    tokenizer = AutoProcessor.from_pretrained(serving).tokenizer
-    tokens, started, number = 0, time.monotonic(), 0
-    while time.monotonic() - started < seconds:
-        number += 2  # the questions without a picture
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question(number)[0]["content"][0]["text"]}], tokenize=False,
-            add_generation_prompt=True,
-        )  # fmt: skip
-        inputs = tokenizer([prompt], return_tensors="pt", add_special_tokens=False)
-        with torch.no_grad():
-            out = model.generate(
-                **inputs, do_sample=True, temperature=1.0, top_k=0, num_return_sequences=GROUP,
-                max_new_tokens=SAMPLE_TOKENS, pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
-        answers = out[:, inputs["input_ids"].shape[1] :]
-        tokens += int((answers != tokenizer.pad_token_id).sum())
-    return tokens / (time.monotonic() - started)
-
-
 def percentile(times: list[list[float]], share: int) -> float:
     """The share-th percentile over all rounds, in milliseconds."""
     every = [one for part in times for one in part]
     return 1000 * statistics.quantiles(every, n=100)[share - 1]
 
 
-def show(seen: dict[str, Seen], extra: float | None) -> None:
+def show(seen: dict[str, Seen]) -> None:
     """The table."""
     table = Table(title=f"groups of {GROUP} x {SAMPLE_TOKENS} tokens; medians of the rounds; first tokens in ms")
     columns = ("server", "users, saturated", "first token alone, p50/p95", "beside sampling, p50/p95", "p95 rises by")
@@ -253,8 +226,6 @@ def show(seen: dict[str, Seen], extra: float | None) -> None:
             f"{statistics.median(one.sampling_beside):.1f} tok/s",
         )
     Console(width=180).print(table)
-    if extra is not None:
-        Console().print(f"transformers' generate, the same model in bfloat16, nothing else running: {extra:.1f} tok/s")
 
 
 def main() -> None:
@@ -265,7 +236,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement (default 20)")
     parser.add_argument("--users", type=int, default=2, help="users who pause between questions (default 2)")
     parser.add_argument("--only", default="", help="only servers whose name contains this")
-    parser.add_argument("--transformers", action="store_true", help="also by transformers' generate")
     asked = parser.parse_args()
     cases = [case for case in CASES if asked.only in case.name]
     seen = {case.name: Seen() for case in cases}
@@ -278,7 +248,7 @@ def main() -> None:
         for turn in range(asked.rounds):
             for case in cases if turn % 2 == 0 else reversed(cases):
                 measure(case, home, lora, seen[case.name], asked.seconds, asked.users)
-        show(seen, generated(serving, asked.seconds) if asked.transformers else None)
+        show(seen)
 
 
 if __name__ == "__main__":
