@@ -14,10 +14,17 @@ from pathlib import Path
 from noria.evals.questions import LETTERS, Question
 from noria.evals.readers.pictures import picture_at
 from noria.scenes import PictureQuestion, held_out_questions
-from noria.scenes.drawn.words import COLOURS, SHAPES
+from noria.scenes.drawn.words import COLOURS, SHAPES, SIZES
 
 EACH = 200  # questions of a kind: at 90 % right the interval reaches 4 points to either side
-WORDS: dict[str, tuple[str, ...]] = {"colour": tuple(COLOURS), "shape": SHAPES, "left/right": ("left", "right")}
+WORDS: dict[str, tuple[str, ...]] = {
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "size": SIZES,
+    "left/right": ("left", "right"),
+    "above/below": ("above", "below"),
+    "there": ("yes", "no"),
+}
 
 
 def embedded_questions() -> list[Question]:
