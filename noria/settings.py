@@ -21,7 +21,7 @@ from pydantic_settings import (
 )
 
 from noria.errors import SettingsError
-from noria.methods.grpo import GrpoSettings
+from noria.methods.grpo import GrpoSettings, policy_conflict
 from noria.methods.preferences import (
     CpoSettings,
     DpoSettings,
@@ -220,15 +220,6 @@ class TrainSettings(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _automatic_jobs_have_a_reward(self) -> Self:
-        if self.policy.automatic and "reward" in METHODS[self.policy.method].sections and not self.reward.rewards:
-            raise ValueError(
-                f"train.policy.method={self.policy.method!r} contradicts train.reward.rewards, which is empty: every "
-                "automatic job would fail; name a reward, or say train.policy.automatic=false"
-            )
-        return self
-
     def policies(self) -> dict[Module, ResolvedPolicy]:
         """Who trains in a preference job, every value filled in. Raises ValueError for a contradiction."""
         return self.modules.resolved(only=self.only)
@@ -276,6 +267,21 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _expand_home(self) -> Self:
         object.__setattr__(self, "home", self.home.expanduser().resolve())
+        return self
+
+    @model_validator(mode="after")
+    def _automatic_jobs_can_run(self) -> Self:
+        """Here and not in `TrainSettings`, which are those of one job, too: an operator's may be of another method."""
+        train = self.train
+        if not train.policy.automatic or METHODS[train.policy.method].reads != "prompts":
+            return self
+        said = f"train.policy.method={train.policy.method!r}"
+        advice = "every automatic job would fail; or say train.policy.automatic=false"
+        if because := policy_conflict(train.policies()):
+            only = f' (train.only="{train.only}")' if train.only else ""
+            raise ValueError(f"{said} cannot start jobs: {because}{only}; {advice}")
+        if not train.reward.rewards:
+            raise ValueError(f"{said} contradicts train.reward.rewards, which is empty: name a reward; {advice}")
         return self
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from noria.cli.context import AsJson, place, print_fields, print_json, short, when
-from noria.methods.table import started_by
+from noria.methods.table import reads_of, started_by
 from noria.records import Json
 
 app = typer.Typer()
@@ -79,7 +79,10 @@ def explain(told: Json, job: Json | None, made: Json | None, rollout: Json | Non
 
 
 def snapshot_counts(job: Json, made: Json | None) -> dict[str, int]:
-    """How many preferences the job's snapshot used and left out, as the job says or the version that it made."""
+    """What the job's snapshot used and left out, as the job says or the version that it made.
+
+    Judgements by what became of them; prompts by their source; a recipe's rows and prompts by stage.
+    """
     counts = (job.get("metrics") or {}).get("snapshot") or ((made or {}).get("metrics") or {}).get("counts") or {}
     return {key: int(value) for key, value in counts.items() if key != "total"}
 
@@ -87,6 +90,10 @@ def snapshot_counts(job: Json, made: Json | None) -> dict[str, int]:
 def _snapshot(counts: dict[str, int], job: Json) -> str:
     if not counts:
         return "not taken yet" if job["state"] in ("queued", "running") else "none was taken"
+    reads = reads_of(job["method"])
+    if reads in (None, "prompts"):  # counted by source (`0:captured`), or by a recipe's stage
+        told = ", ".join(f"{count} of {name.partition(':')[2] or name}" for name, count in counts.items())
+        return f"{reads or 'rows'}: {told}"
     used = ", ".join(f"{count} {name}" for name, count in counts.items() if name in IN_USE)
     left = ", ".join(f"{count} {name}" for name, count in counts.items() if name not in IN_USE and count)
     return f"{used or 'nothing used'}; left out: {left or 'none'}"

@@ -138,6 +138,26 @@ def test_why_names_reason_snapshot_and_rollout(run: Run) -> None:
     assert json.loads(out)["its snapshot"]["counts"]["tie"] == 3
 
 
+@pytest.mark.parametrize(
+    ("method", "counts", "text"),
+    [
+        ("grpo", {"0:captured": 40, "1:a:b.jsonl": 9}, "prompts: 40 of captured, 9 of a:b.jsonl"),
+        ("recipe", {"prefer": 12, "play": 8}, "rows: 12 of prefer, 8 of play"),
+    ],
+)
+def test_why_counts_prompts_and_rows_by_where_they_come_from(run: Run, method: str, counts: Json, text: str) -> None:
+    """None of them is left out."""
+    answers: dict[str, Answer] = {
+        "GET /noria/v1/status": status(),
+        "GET /noria/v1/jobs": page(job(method=method, version="v2")),
+        "GET /noria/v1/versions/v2": {"id": "v2", "metrics": {"counts": counts}},
+        "GET /noria/v1/rollouts": page(),
+    }
+    _, out, _ = run("why", answers=answers)
+    assert text in out
+    assert "left out" not in out
+
+
 @pytest.mark.parametrize(("state", "text"), [("running", "not taken yet"), ("failed", "none was taken")])
 def test_why_says_whether_a_snapshot_is_still_to_come(run: Run, state: str, text: str) -> None:
     answers: dict[str, Answer] = {

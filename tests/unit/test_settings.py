@@ -9,6 +9,7 @@ import pytest
 from noria.errors import SettingsError
 from noria.settings import Settings, load_settings, override_train
 
+EXACT = {"rewards": [{"name": "exact"}]}
 SHIPPED = Path(__file__).parents[2] / "deploy" / "settings"
 
 
@@ -109,6 +110,14 @@ def test_files_are_shipped() -> None:
         ({"train": {"modules": {"language_model": "frozen", "aligner": "full"}}}, ("language_model", "train.policy")),
         ({"train": {"only": "aligner"}}, ("train.only", "train.policy.method")),
         ({"train": {"policy": {"method": "grpo"}}}, ("train.policy.method", "train.reward.rewards")),
+        (
+            {"train": {"policy": {"method": "grpo"}, "reward": EXACT, "modules": {"aligner": "full"}}},
+            ("train.policy.method='grpo'", "train.modules.aligner.policy='full'"),
+        ),
+        (
+            {"train": {"policy": {"method": "grpo"}, "reward": EXACT, "only": "language_model"}},
+            ("train.policy.method='grpo'", 'train.only="language_model"'),
+        ),
         ({"train": {"modules": {"language_model": "full"}, "base": "gptq"}}, ("modules.language_model", "train.base")),
     ],
 )
@@ -142,6 +151,13 @@ def test_the_tree_is_frozen_and_keeps_its_secret() -> None:
     assert "hush" not in settings.model_dump_json()
     assert settings.server.api_key is not None
     assert settings.server.api_key.get_secret_value() == "hush"
+
+
+def test_where_automatic_jobs_are_of_grpo_an_operators_may_train_what_no_adapter_holds() -> None:
+    base = load_settings(train={"policy": {"method": "grpo"}, "reward": EXACT}).train
+    assert override_train(base, {"modules": {"aligner": "full"}}).policies()["aligner"].policy == "full"
+    off = load_settings(train={"policy": {"method": "grpo", "automatic": False}, "modules": {"aligner": "full"}})
+    assert off.train.policy.method == "grpo"
 
 
 def test_a_job_overrides_a_part_and_keeps_the_rest() -> None:
