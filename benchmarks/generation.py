@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.shared.arms import home_of
+from benchmarks.shared.arms import ENGINE, home_of
 from noria.evals.named.embedded import as_asked
 from noria.evals.questions import Question, content_of
 from noria.registry import Registry
@@ -36,11 +36,6 @@ from tests.servers import start_server
 from train.pipeline.lineage import Parent, find_parent, live_version
 
 SEED = 91_000
-ENGINE = {
-    "NORIA_ENGINE__POLICY_ADAPTERS": "1",
-    "NORIA_ENGINE__MAX_MODEL_LEN": "512",
-    "NORIA_CAPTURE__DEFAULT": "false",
-}
 Seen = tuple[float, float]
 """Samples and tokens a second."""
 

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.shared.arms import Trained, draw_curves, follow, home_of
+from benchmarks.shared.arms import ENGINE, Trained, draw_curves, follow, home_of
 from noria.client import NoriaClient
 from noria.demo.processes import running_system
 from noria.evals.ask import Target, ask_all
@@ -38,17 +38,6 @@ from noria.scenes.drawn.words import HELD_OUT
 
 POINTS = 10.0
 SEED = 90_000  # of the held-out pictures: neither the eyes' evaluation's nor the demo's
-ENGINE = {
-    "NORIA_ENGINE__POLICY_ADAPTERS": "1",
-    "NORIA_ENGINE__MAX_MODEL_LEN": "512",
-    "NORIA_CAPTURE__DEFAULT": "false",
-}
-PANELS = {
-    "reward": ("reward",),
-    "KL to v1, nats a token": ("kl",),
-    "ratio of trainer to engine": ("ratio_mean", "ratio_max"),
-    "tokens of an answer": ("length",),
-}
 
 
 @dataclass(frozen=True)
@@ -174,7 +163,7 @@ def main() -> int:
             arms[name] = run_arm(home, asked, kind, asked.out / f"{name}.log", shuffled=name == "shuffled")
             told |= {"kind": kind, "arms": {name: asdict(arm) | {"points": arm.points} for name, arm in arms.items()}}
             (asked.out / "grpo.json").write_text(json.dumps(told, indent=2) + "\n")
-            draw_curves(asked.out / "grpo.png", {one: arms[one].trained.updates for one in arms}, PANELS)
+            draw_curves(asked.out / "grpo.png", {one: arms[one].trained.updates for one in arms})
     show(kind, arms)
     rose = {name: arm.points >= POINTS for name, arm in arms.items()}
     return 0 if rose["exact"] and not rose.get("shuffled", False) else 1

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.shared.arms import Trained, draw_curves, follow, home_of
+from benchmarks.shared.arms import ENGINE, UNSEEN, Trained, draw_curves, follow, home_of
 from noria.client import NoriaClient
 from noria.demo.processes import running_system
 from noria.demo.questions import held_out, training
@@ -30,16 +30,8 @@ from noria.demo.traffic import Answered, ask_all, connect
 from noria.errors import TrainingError
 from noria.records import Json
 
-UNSEEN = {"NORIA_CAPTURE__DEFAULT": "false"}  # or GRPO would be asked the held-out questions, too
-ENGINE = {**UNSEEN, "NORIA_ENGINE__POLICY_ADAPTERS": "1", "NORIA_ENGINE__MAX_MODEL_LEN": "512"}
 HELD_OUT = 0.2  # of the prompts: 20 pairs at least judge the learnt reward
 MOST_ROUNDS = 8
-PANELS = {
-    "reward": ("reward",),
-    "KL to v1, nats a token": ("kl",),
-    "ratio of trainer to engine": ("ratio_mean", "ratio_max"),
-    "tokens of an answer": ("length",),
-}
 
 
 @dataclass(frozen=True)
@@ -175,7 +167,7 @@ def main() -> None:
         once = arm("DPO, 1 epoch", "dpo", dpo_settings(1.0))
         epochs = round(max(1.0, grpo.training_s / once.training_s), 2)
         arm(f"DPO, {epochs:g} epochs: GRPO's minutes", "dpo", dpo_settings(epochs))
-        draw_curves(asked.out / "preferred.png", {"GRPO": grpo.trained.updates}, PANELS)
+        draw_curves(asked.out / "preferred.png", {"GRPO": grpo.trained.updates})
     show(chance, arms)
 
 

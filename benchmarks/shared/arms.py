@@ -20,6 +20,14 @@ from noria.store import Store
 from train.models.add import make_live
 from train.models.embedded.build import build_embedded
 
+UNSEEN = {"NORIA_CAPTURE__DEFAULT": "false"}  # or GRPO would be asked the held-out questions, too
+ENGINE = {**UNSEEN, "NORIA_ENGINE__POLICY_ADAPTERS": "1", "NORIA_ENGINE__MAX_MODEL_LEN": "512"}
+PANELS = {
+    "reward": ("reward",),
+    "KL to v1, nats a token": ("kl",),
+    "ratio of trainer to engine": ("ratio_mean", "ratio_max"),
+    "tokens of an answer": ("length",),
+}
 _LEFT = ("server.json", "*.log", "policy-adapters", "jobs")  # of a home that is copied: what belongs to its processes
 
 
@@ -69,17 +77,15 @@ def follow(noria: NoriaClient, method: str, settings: dict[str, object]) -> Trai
     return Trained(ended["version"], ended["metrics"], tuple(updates), spent, time.monotonic() - began)
 
 
-def draw_curves(
-    path: Path, arms: Mapping[str, Sequence[Mapping[str, float]]], panels: Mapping[str, Sequence[str]]
-) -> None:
-    """Writes a picture: a panel for each title, over the updates; an arm is a colour, a panel's keys are strokes."""
+def draw_curves(path: Path, arms: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """Writes a picture: a panel of each title, over the updates; an arm is a colour, a panel's keys are strokes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7))
-    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
+    for axis, (title, keys) in zip(axes.flat, PANELS.items(), strict=True):
         for colour, (arm, updates) in enumerate(arms.items()):
             for stroke, key in zip(("-", ":", "--"), keys, strict=False):
                 known = [one for one in updates if key in one]

@@ -28,7 +28,6 @@ def test_curves_are_drawn_where_an_update_lacks_a_figure(tmp_path: Path) -> None
         "exact": [{"step": 1, "reward": 0.1, "kl": 0.0}, {"step": 2}],
         "shuffled": [{"step": 1, "reward": 0.2}],
     }
-    panels = {"reward": ("reward",), "KL": ("kl",), "both": ("reward", "kl"), "nothing": ("length",)}
-    draw_curves(tmp_path / "curves.png", arms, panels)
+    draw_curves(tmp_path / "curves.png", arms)
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (1210, 770)
