@@ -133,6 +133,9 @@ class GrpoSettings(Section):
     def _some_prompts(cls, value: tuple[PromptSource, ...]) -> tuple[PromptSource, ...]:
         if not value:
             raise ValueError("prompts is empty: name at least one source")
+        twice = next((one for one in value if value.count(one) > 1), None)
+        if twice is not None:
+            raise ValueError(f"prompts names source={twice.source!r} twice in the same words: say it once, by weight")
         return value
 
     @model_validator(mode="after")

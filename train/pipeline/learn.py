@@ -2,7 +2,8 @@
 
 Comes in: the snapshot's training pairs, or thumbs, and the parent. Goes out: `adapter/`, `train/log.jsonl` with one
 line a step, `train/report.json`; every step's figures in the job's events. A restart begins again with the same seed.
-A job with a recipe runs its stages instead (`train.stages.job`).
+A job with a recipe runs its stages instead (`train.stages.job`), one of method `grpo` its own (`train.methods.grpo`);
+both go on from their last checkpoints.
 """
 
 from __future__ import annotations

@@ -158,6 +158,35 @@ def test_dropping_everything_asks_again_and_ends_with_words() -> None:
     assert why.value.code == "no_signal"
 
 
+def test_why_prompts_are_refused_is_told_where_nothing_else_comes_and_once_before() -> None:
+    made, _, _ = batches(["refused"] * 4, prompts_per_step=2, max_rounds=2)
+    told: list[str] = []
+    made._tell = told.append
+    with pytest.raises(TrainingError) as why:
+        made.batch(0)
+    assert why.value.message.endswith(
+        "(4 asked, 4 refused); the first that was refused is rows:0: the prompt is too long"
+    )
+    assert told == [
+        "a prompt is left out, and others may be; they are counted as refused: rows:0: the prompt is too long"
+    ]
+    made, _, _ = batches(["long 1 2"] * 2, prompts_per_step=1, max_rounds=2)
+    with pytest.raises(TrainingError, match=r"\(2 asked, 2 too_long\); .* are above train\.grpo\.max_length=4096$"):
+        made.batch(0)
+
+
+def test_a_text_with_the_models_own_sign_of_a_picture_costs_its_prompt() -> None:
+    """The engine would read a picture's token without a picture; the trainer would find its tower's answer missing."""
+    made, sampler, _ = batches(["1 2", "3 4 <image>"], prompts_per_step=2, zero_variance="drop")
+    made._wire = WirePictures(ImageLoader().read, "<image>")
+    batch = made.batch(0)
+    assert (names(batch), batch.counts["refused"], sampler.rounds) == (["1 2"], 1, [1])
+    assert adds_up(batch)
+    for part in ("an <image>", {"type": "text", "text": "<image>"}, {"type": "input_text", "text": "<image>"}):
+        with pytest.raises(TrainingError, match="a text holds '<image>', which the model reads as a picture"):
+            made._wire([{"role": "user", "content": [part]}])
+
+
 def test_what_cannot_be_used_is_counted_by_its_reason() -> None:
     texts = ["long 1 2", "refused", "1 2", "3 4", "<1 <2", "1 2-"]
     made, sampler, _ = batches(texts, prompts_per_step=6, zero_variance="drop", mask_truncated=True)
@@ -215,7 +244,7 @@ def test_with_several_passes_a_group_must_be_young_enough_for_the_last() -> None
 
 def test_a_picture_that_cannot_be_read_costs_its_prompt(tmp_path: Path) -> None:
     made, _, _ = batches(["1 2", "3 4"], prompts_per_step=2, zero_variance="drop")
-    read = WirePictures(ImageLoader(named=True).read)
+    read = WirePictures(ImageLoader(named=True).read, "<image>")
 
     def wire(messages: Sequence[Json]) -> list[Json]:
         if messages[0]["content"] == "1 2":
@@ -240,7 +269,7 @@ def test_pictures_travel_as_the_bytes_that_they_are(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 3), "red").save(path)
     blob = path.read_bytes()
-    wire = WirePictures(ImageLoader({"ab" * 32: blob}.__getitem__, named=True).read)
+    wire = WirePictures(ImageLoader({"ab" * 32: blob}.__getitem__, named=True).read, "<image>")
     urls = [str(path), "noria-blob:" + "ab" * 32, "data:image/png;base64,xyz", "scene:train/one/0/0"]
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     sent = wire([{"role": "system", "content": "hi"}, {"role": "user", "content": parts}])

@@ -196,6 +196,29 @@ def test_prompts_of_a_file_must_stay_as_they_were(trainer: Trainer, tmp_path: Pa
     assert pool.names == []
 
 
+def test_a_conversation_that_is_gone_hides_no_file_that_has_changed(
+    trainer: Trainer, tmp_path: Path, pool: Pool
+) -> None:
+    for number in range(4):
+        ask(trainer, number)
+    path = tmp_path / "asked.jsonl"
+    path.write_text('{"prompt": "hi", "answer": "yes"}\n')
+    ctx = started(trainer, "grpo", {"grpo": {"prompts": [{"source": "captured"}, {"source": str(path)}]}})
+    ctx.done["snapshot"] = prepare.run(ctx)
+    frozen = prepare.snapshot_file(ctx)["prompts"]
+    trainer.store.delete_completion(frozen["captured"]["0"][0])
+    assert len(grpo_job.thaw_prompts(ctx, ctx.train.grpo, frozen)) == 2
+    path.write_text('{"prompt": "ho", "answer": "yes"}\n')
+    with pytest.raises(Conflict, match=r"began with: /.*asked\.jsonl changed since"):
+        grpo_job.thaw_prompts(ctx, ctx.train.grpo, frozen)
+    for id_ in frozen["captured"]["0"][1:]:
+        trainer.store.delete_completion(id_)
+    with pytest.raises(TrainingError, match="prompts of 'captured': there is none"):
+        grpo_job.thaw_prompts(ctx, ctx.train.grpo, frozen)
+    notes = [event.data["message"] for event in trainer.store.events(ctx.job.id) if event.kind == "log"]
+    assert notes[-1] == f"{len(frozen['captured']['0'])} of the job's prompts were deleted since"
+
+
 def test_right_answers_calibrate_and_verify(trainer: Trainer) -> None:
     asked = {"grpo": {"prompts": [{"source": "scenes", "count": 12}]}, "quantize": {"calibration_samples": 6}}
     ctx = started(trainer, "grpo", {**asked, "verify": {"samples": 3}})

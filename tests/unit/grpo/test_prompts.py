@@ -169,6 +169,7 @@ def test_a_stream_mixes_by_weight_and_goes_on_where_it_was(tmp_path: Path) -> No
         ({"sync_every": 3}, r"grpo\.max_staleness=1 contradicts grpo\.sync_every=3.*2 updates old"),
         ({"iterations": 2, "overlap": True}, r"groups would be 3 updates old"),
         ({"prompts": []}, "prompts is empty"),
+        ({"prompts": [{}, {"weight": 2.0}, {}]}, "prompts names source='captured' twice in the same words"),
         ({"prompts": [{"source": "a.jsonl", "kinds": ["count"]}]}, r"kinds=\['count'\] would be ignored"),
         ({"group_size": 1}, "greater than or equal to 2"),
     ],

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from noria.errors import Conflict, NotFound, SettingsError
@@ -50,7 +51,7 @@ class Frozen:
 
     def to_json(self) -> Json:
         """What a later attempt reads."""
-        return {"sha256": self.sha256, "captured": self.captured}
+        return {"sha256": self.sha256, "sources": [one.sha256 for one in self.prompts], "captured": self.captured}
 
 
 def freeze(ctx: JobContext) -> Json:
@@ -97,7 +98,10 @@ def freeze_prompts(ctx: JobContext, grpo: GrpoSettings) -> Frozen:
 
 
 def thaw_prompts(ctx: JobContext, grpo: GrpoSettings, frozen: Mapping[str, Any]) -> tuple[SourcePrompts, ...]:
-    """The same prompts in a later attempt. Raises Conflict (code `prompts_changed`) where a file's are others now."""
+    """The same prompts in a later attempt, less the conversations that users have deleted.
+
+    Raises Conflict (code `prompts_changed`) where a file's are others now, TrainingError where a source has none left.
+    """
     gone = 0
 
     def kept(source: PromptSource) -> Iterator[Completion]:
@@ -108,13 +112,19 @@ def thaw_prompts(ctx: JobContext, grpo: GrpoSettings, frozen: Mapping[str, Any])
             except NotFound:
                 gone += 1
 
-    found = read_prompts(grpo.prompts, kept)
-    if gone:
-        ctx.note(f"{gone} of the job's prompts were deleted since", gone=gone)
-    elif _hash(found) != frozen["sha256"]:
-        names = ", ".join(one.source.source for one in found if one.source.source != CAPTURED)
+    try:
+        found = read_prompts(grpo.prompts, kept)
+    finally:
+        if gone:
+            ctx.note(f"{gone} of the job's prompts were deleted since", gone=gone)
+    changed = [
+        one.source.source
+        for one, before in zip(found, frozen["sources"], strict=True)
+        if one.sha256 != before and not (gone and one.source.source == CAPTURED)
+    ]
+    if changed:
         raise Conflict(
-            f"the prompts are not those that the job began with: {names or CAPTURED} changed since; start a new job",
+            f"the prompts are not those that the job began with: {', '.join(changed)} changed since; start a new job",
             code="prompts_changed",
         )
     return found
@@ -123,7 +133,7 @@ def thaw_prompts(ctx: JobContext, grpo: GrpoSettings, frozen: Mapping[str, Any])
 def train(ctx: JobContext) -> Json:
     """Stage `train` of a job of method `grpo`: leaves `adapter/`; goes on from `train/checkpoints/`."""
     from train.methods.grpo.method import GrpoRun, train_grpo
-    from train.pipeline.learn import report_modules
+    from train.pipeline.learn import LEARNT, report_modules
     from train.pipeline.prepare import parent_of, snapshot_file
 
     parent, grpo = parent_of(ctx), ctx.train.grpo
@@ -143,15 +153,11 @@ def train(ctx: JobContext) -> Json:
         serving=parent.serving,
     )
     heard = (lambda step: _tell(ctx, step), lambda applied: report_modules(ctx, applied))
-    with _lent(ctx, grpo, ctx.train.reward, *heard) as means:
+    with _lent(ctx, grpo, ctx.train.reward, run.folder, *heard) as means:
         report = train_grpo(run, means)
     told = asdict(report)
-    ctx.metrics({key: told[key] for key in KEPT})
+    ctx.metrics({key: told[key] for key in (*LEARNT, "sampling_s", "waits") if key in told})
     return told
-
-
-KEPT = ("steps", "answers", "loss_first", "loss_last", "reward_first", "reward_last", "sampling_s", "waits")
-"""What of a report goes into a job's metrics."""
 
 
 def require_adapters(recipe: Recipe, parent: str, live: str | None) -> None:
@@ -220,7 +226,7 @@ def train_stage(ctx: JobContext, run: StageRun, parent: Parent, frozen: Mapping[
         serving=run.serving,
     )
     heard = (listener.on_step, lambda applied: listener.on_table(applied.table()))
-    with _lent(ctx, grpo, rewards_of(ctx, stage), *heard) as means:
+    with _lent(ctx, grpo, rewards_of(ctx, stage), run.folder, *heard) as means:
         report = train_grpo(own, means)
     return {
         **summary(read_steps(run.folder / LOG)),
@@ -298,10 +304,11 @@ def _lent(
     ctx: JobContext,
     grpo: GrpoSettings,
     rewards: RewardSettings,
+    folder: Path,
     on_step: Callable[[Step], None],
     on_ready: Callable[[Applied], None],
 ) -> Iterator[Means]:
-    """What a training needs of the job; its connections are closed after."""
+    """What a training needs of the job; its connections are closed after. `folder` is the training's own."""
     from noria.sampling import SamplingPool
     from train.methods.grpo.method import Means
 
@@ -314,7 +321,7 @@ def _lent(
     with Servers(addresses(grpo.servers, ctx.settings, ctx.store), pool) as servers:
         yield Means(
             sampler=servers,
-            score=lambda applied, processor: _scorer(ctx, rewards, applied, processor),
+            score=lambda applied, processor: _scorer(ctx, rewards, folder, applied, processor),
             images=ctx.data_images,
             on_step=on_step,
             check=ctx.check,
@@ -323,7 +330,7 @@ def _lent(
         )
 
 
-def _scorer(ctx: JobContext, rewards: RewardSettings, applied: Applied, processor: Any) -> Scorer:
+def _scorer(ctx: JobContext, rewards: RewardSettings, folder: Path, applied: Applied, processor: Any) -> Scorer:
     from train.rewards import Backing, scorer_of
 
     def pairs() -> tuple[Sequence[Pair], Sequence[Pair]]:
@@ -336,7 +343,7 @@ def _scorer(ctx: JobContext, rewards: RewardSettings, applied: Applied, processo
         frozen=applied.reference,
         load_image=ctx.data_images,
         pairs=pairs,
-        folder=ctx.folder / "train",
+        folder=folder,  # a stage's own: what an earlier stage's features taught is no reward of this one's
         check=ctx.check,
     )
     return scorer_of(rewards, backing)

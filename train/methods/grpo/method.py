@@ -27,6 +27,7 @@ from noria.errors import SettingsError, TrainingError
 from noria.methods.grpo import GrpoSettings, policy_conflict
 from noria.module_settings import ResolvedPolicy
 from noria.records import Json, Module
+from train.data.render import ChatRenderer
 from train.data.sources import ImageLoader
 from train.methods.checkpoints import last_checkpoint, step_of
 from train.methods.delta import save_delta
@@ -86,7 +87,8 @@ class Means:
 
 @dataclass(frozen=True)
 class GrpoReport:
-    """What a training did. `reward_first` and `reward_last` are means over the first and last tenth of the updates.
+    """What a training did. `reward_first` and `reward_last` are means over the first and last tenth of the updates for
+    which answers were scored.
 
     `counts` says what became of every group, `rewards` of each reward's samples; `rewards` and `waits` are of the last
     attempt. `frozen` are hashes of the frozen modules' tensors in memory, the same before and after; `modules` is the
@@ -152,10 +154,10 @@ def train_grpo(run: GrpoRun, means: Means) -> GrpoReport:
     policy.delete_left()
     steps: list[Step] = []
     with means.score(applied, processor) as scorer:
-        wire = WirePictures(means.images.read)
+        wire = WirePictures(means.images.read, ChatRenderer(processor).image_token)
         stream = Stream(run.prompts, grpo.seed)
         image_id = int(model.config.image_token_id)
-        batches = Batches(grpo, stream, policy, means.sampler, scorer, wire, patience, image_id)
+        batches = Batches(grpo, stream, policy, means.sampler, scorer, wire, patience, image_id, means.tell)
         feed = SampledFeed(grpo, batches, policy, patience)
         try:
             _train(run, means, applied, processor, feed, how.autocast, steps)
@@ -269,15 +271,17 @@ def _report(
 ) -> GrpoReport:
     if not steps:
         raise TrainingError("no update was made", code="no_data")
-    tenth = max(1, math.ceil(len(steps) / 10))
+    tenth = math.ceil(len(steps) / 10)
+    rewarded = [step.metrics["reward"] for step in steps if "reward" in step.metrics]
+    scored = math.ceil(len(rewarded) / 10)
     return GrpoReport(
         steps=steps[-1].step,
         prompts=feed.counts["asked"],
         answers=feed.answers,
         loss_first=steps[0].loss,
         loss_last=_mean([step.loss for step in steps[-tenth:]]),
-        reward_first=_mean([step.metrics["reward"] for step in steps[:tenth] if "reward" in step.metrics]),
-        reward_last=_mean([step.metrics["reward"] for step in steps[-tenth:] if "reward" in step.metrics]),
+        reward_first=_mean(rewarded[:scored]),
+        reward_last=_mean(rewarded[-scored:]),
         trainable_parameters=applied.trainable,
         dtype=str(next(applied.model.parameters()).dtype).removeprefix("torch."),
         seconds=round(seconds, 3),

@@ -4,8 +4,8 @@ Comes in: a stream of prompts, the policy's adapter, a sampler, a scorer. Goes o
 that was left out. Must not import torch or `serve`.
 
 Every group is counted: `asked` now + `left` by the update before = `used` + `kept` for the next update + `same` (zero
-variance: its rewards are all the same) + `unusable` (no answer of it can be trained on) + `too_long` + `refused` (by
-the engine, or a picture that cannot be read) + `superseded` (sampled from another version) + `stale`.
+variance: its rewards are all the same) + `unusable` (no answer of it can be trained on) + `too_long` + `refused` (the
+engine refuses it or fails at it, or it cannot be asked) + `superseded` (sampled from another version) + `stale`.
 """
 
 from __future__ import annotations
@@ -32,16 +32,19 @@ from train.rewards import Sample, Scorer
 LEFT_OUT = ("same", "unusable", "too_long", "refused", "superseded", "stale")
 _LEAST_RATE = 0.25  # of groups that teach: so many more prompts than are missing are asked at most, 4 to 1
 Wire = Callable[[Sequence[Json]], list[Json]]
-"""A prompt's messages with its pictures as `data:` URLs. Raises TrainingError for one that cannot be read."""
+"""A prompt's messages with its pictures as `data:` URLs. Raises TrainingError for one that cannot be asked."""
 
 
 @dataclass(frozen=True)
 class Raw:
-    """What one round of sampling gave: prompts with their groups, and how many updates the policy had seen then."""
+    """What one round of sampling gave: prompts with their groups, and how many updates the policy had seen then.
+
+    `refused` says why, for each prompt without a group.
+    """
 
     groups: tuple[tuple[Prompt, SampledGroup], ...]
     update: int
-    refused: int
+    refused: tuple[str, ...]
     seconds: float
 
 
@@ -69,6 +72,7 @@ class _Round:
     seen: list[Group] = field(default_factory=list)
     parts: dict[str, list[float]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(("asked", "left", *LEFT_OUT), 0)))
+    refused: list[str] = field(default_factory=list)
     unjudged: int = 0
     rounds: int = 0
     seconds: float = 0.0
@@ -87,7 +91,9 @@ class Batches:
         wire: Wire,
         patience: Patience,
         image_id: int,
+        tell: Callable[[str], None] = lambda words: None,
     ) -> None:
+        """`tell` hears of the first prompt that is refused; all are counted."""
         self._grpo = grpo
         self._stream = stream
         self._policy = policy
@@ -96,6 +102,7 @@ class Batches:
         self._wire = wire
         self._patience = patience
         self._image_id = image_id
+        self._tell: Callable[[str], None] | None = tell
         self._left: list[Group] = []
         self._rate = 1.0
 
@@ -111,18 +118,22 @@ class Batches:
     def draw(self, count: int) -> Raw:
         """Asks the policy's adapter the next `count` prompts; waits for a server. Raises as `Patience`, LeaseLost."""
         dealt, began, update = self._stream.take(count), time.monotonic(), self._policy.update
-        prompts, messages, refused = [], [], 0
+        prompts, messages, refused = [], [], []
         for _, prompt in dealt:
             try:
                 messages.append(self._wire(prompt.messages))
                 prompts.append(prompt)
-            except TrainingError:
-                refused += 1
+            except TrainingError as error:
+                refused.append(f"{prompt.source}: {error.message}")
         seed = (self._grpo.seed * 1_000_003 + dealt[0][0] * 521) % 2**31
         found = self._patience.sample(self._sampler, self._policy.name, messages, self._drawing(seed))
-        groups = [(prompts[place], group) for place, group in sorted(found.items()) if group.error is None]
-        refused += len(prompts) - len(groups)
-        return Raw(tuple(groups), update, refused, time.monotonic() - began)
+        answered = [(prompt, found[place]) for place, prompt in enumerate(prompts)]
+        refused += [f"{prompt.source}: {group.error}" for prompt, group in answered if group.error is not None]
+        if refused and self._tell is not None:
+            self._tell(f"a prompt is left out, and others may be; they are counted as refused: {refused[0]}")
+            self._tell = None
+        groups = tuple(pair for pair in answered if pair[1].error is None)
+        return Raw(groups, update, tuple(refused), time.monotonic() - began)
 
     def batch(self, update: int, drawn: Raw | None = None) -> Batch:
         """The groups of the update that comes after `update` others; `drawn` was sampled before, for it.
@@ -137,8 +148,9 @@ class Batches:
             drawn = None
             so_far.rounds += 1
             so_far.seconds += raw.seconds
-            so_far.counts["asked"] += len(raw.groups) + raw.refused
-            so_far.counts["refused"] += raw.refused
+            so_far.counts["asked"] += len(raw.groups) + len(raw.refused)
+            so_far.counts["refused"] += len(raw.refused)
+            so_far.refused += raw.refused
             self._take(self._scored(raw, so_far), update, so_far)
         if not so_far.taken:
             raise _no_signal(so_far, grpo)
@@ -241,8 +253,13 @@ def _sample(prompt: Prompt, one: Sampled) -> Sample:
 
 def _no_signal(so_far: _Round, grpo: GrpoSettings) -> NoriaError:
     why = ", ".join(f"{count} {reason}" for reason, count in so_far.counts.items() if count)
-    return TrainingError(
-        f"no group to learn from in {so_far.rounds} rounds of {grpo.prompts_per_step} prompts ({why or 'none came'}): "
-        "a reward is needed that tells a prompt's answers apart, or prompts that are neither too easy nor too hard",
-        code="no_signal",
-    )
+    told = [f"no group to learn from in {so_far.rounds} rounds of {grpo.prompts_per_step} prompts ({why})"]
+    if so_far.refused:
+        told.append(f"the first that was refused is {so_far.refused[0]}")
+    if so_far.counts["too_long"]:
+        told.append(f"too_long are those that with max_tokens are above train.grpo.max_length={grpo.max_length}")
+    if so_far.seen:
+        told.append(
+            "a reward is needed that tells a prompt's answers apart, or prompts that are neither too easy nor too hard"
+        )
+    return TrainingError("; ".join(told), code="no_signal")

@@ -88,7 +88,7 @@ class SampledFeed:
             "sampling_s": round(batch.seconds, 3),
             "waits": float(self._patience.waits),
         }
-        if not batch.seen:  # the groups that were left over were enough
+        if not batch.seen:  # nothing that was asked was answered, and groups were left over
             return told
         answers = [one for group in batch.seen for one in group.answers]
         judged = [one.reward for one in answers if one.reward is not None]

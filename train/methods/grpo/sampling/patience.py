@@ -6,6 +6,10 @@ torch or `serve`.
 A sampler that reaches nobody raises Unavailable; one that finds another version everywhere raises Superseded. Both may
 pass: a killed server is started again, a rollout is rolled back. Groups that have arrived stay; the others are asked
 again. Every group names its version, so that none of another version's is ever trained on.
+
+A prompt at which the engine fails each time looks like an engine that is gone. After `TRIES` tries from which nothing
+came, the engine is asked a prompt that it has answered before: where it answers that one, and the others not at one
+try more, these are refused, as those are that it refuses in words.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from noria.errors import Conflict, LeaseLost, NoriaError, Superseded, TrainingError, Unavailable
@@ -23,6 +28,7 @@ from train.methods.grpo.sampling.protocol import Sampler
 
 T = TypeVar("T")
 FULL = "adapters_full"  # the server holds as many adapters as it may; a lease ends those that nobody deletes
+TRIES = 3
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LOOK_S = 0.5, 15.0, 0.1
 
 
@@ -41,6 +47,7 @@ class Patience:
         self._check = check
         self._tell = tell
         self._over_now = threading.Event()
+        self._answered: Sequence[Json] | None = None
 
     def end(self) -> None:
         """Whoever waits, in any thread, stops at the next look."""
@@ -71,21 +78,40 @@ class Patience:
     def sample(
         self, sampler: Sampler, adapter: str | None, prompts: Sequence[Sequence[Json]], drawing: Drawing
     ) -> dict[int, Group]:
-        """A group for each prompt, by its place; those of another version are left out. Raises as a call."""
+        """A group for each prompt, by its place; one with an `error` for a prompt that is refused. Raises as a call."""
         found: dict[int, Group] = {}
-        began, pause_s = time.monotonic(), _FIRST_PAUSE_S
+        began, pause_s, failures, lives = time.monotonic(), _FIRST_PAUSE_S, 0, False
         while missing := [place for place in range(len(prompts)) if place not in found]:
             try:
                 asked = [prompts[place] for place in missing]
                 for group in sampler.sample(asked, drawing, adapter=adapter, version=self._version):
                     self._look()
                     found[missing[group.prompt]] = group
-                    began, pause_s = time.monotonic(), _FIRST_PAUSE_S
+                    if group.error is None:
+                        self._answered = prompts[missing[group.prompt]]
+                    began, pause_s, failures, lives = time.monotonic(), _FIRST_PAUSE_S, 0, False
                 break
             except (Unavailable, Superseded) as error:
+                if lives and isinstance(error, Unavailable):
+                    refused = {place: Group(place, tuple(prompts[place]), "", error=error.message) for place in missing}
+                    return found | refused
+                failures += 1
                 self._wait(error, began, pause_s)
+                lives = failures >= TRIES and self._lives(sampler, adapter, drawing)
             pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
         return found
+
+    def _lives(self, sampler: Sampler, adapter: str | None, drawing: Drawing) -> bool:
+        """Whether the engine answers what it has answered before."""
+        if self._answered is None:
+            return False
+        least = replace(drawing, n=1, max_tokens=1)
+        try:
+            for group in sampler.sample([self._answered], least, adapter=adapter, version=self._version):
+                return group.error is None
+        except (Unavailable, Superseded):
+            pass
+        return False
 
     def _wait(self, error: NoriaError, began: float, pause_s: float) -> None:
         """Sleeps, or raises when the patience is over."""

@@ -26,30 +26,43 @@ _SHOWN = 100
 
 
 class WirePictures:
-    """Turns a prompt's references into `data:` URLs. `read` gives a picture's file (`ImageLoader.read`)."""
+    """Turns a prompt's references into `data:` URLs. `read` gives a picture's file (`ImageLoader.read`).
 
-    def __init__(self, read: Callable[[str], bytes]) -> None:
+    `placeholder` is what stands for a picture in the model's own texts (`<image>`). Whoever writes it says a picture's
+    token without a picture: engine and trainer would not agree on such a prompt, and it is asked by neither.
+    """
+
+    def __init__(self, read: Callable[[str], bytes], placeholder: str) -> None:
         self._read = read
+        self._placeholder = placeholder
 
     def __call__(self, messages: Sequence[Json]) -> list[Json]:
-        """The messages. Raises TrainingError naming a picture that cannot be read."""
+        """The messages. Raises TrainingError for a picture that cannot be read, or a text with the placeholder."""
         return [self._message(message) for message in messages]
 
     def _message(self, message: Json) -> Json:
         content = message.get("content")
+        if isinstance(content, str):
+            self._text(content)
         if not isinstance(content, list):
             return message
         return {**message, "content": [self._part(part) for part in content]}
 
     def _part(self, part: Json | str) -> Json:
         if isinstance(part, str):
-            return {"type": "text", "text": part}
-        if part.get("type") == "input_text":
-            return {"type": "text", "text": part["text"]}
+            return self._text(part)
+        if part.get("type") in ("text", "input_text"):
+            return self._text(part["text"])
         if part.get("type") not in PICTURE_PARTS:
             return part
         (reference,) = image_references([{"content": [part]}])
         return {"type": "image_url", "image_url": {"url": self._url(reference)}}
+
+    def _text(self, text: str) -> Json:
+        if self._placeholder in text:
+            told = f"a text holds {self._placeholder!r}, which the model reads as a picture"
+            raise TrainingError(told, code="placeholder")
+        return {"type": "text", "text": text}
 
     def _url(self, reference: str) -> str:
         if reference.startswith("data:"):

@@ -16,6 +16,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from noria.errors import InvalidRequest, TrainingError
@@ -47,7 +48,7 @@ class SourcePrompts:
     prompts: tuple[Prompt, ...]
     bad: tuple[BadRow, ...] = ()
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Over everything that is asked and known of it; bytes of pictures that are only named are not in it."""
         rows = [[one.source, one.messages, one.answers, one.extra] for one in self.prompts]
@@ -66,7 +67,8 @@ def read_prompts(sources: Sequence[PromptSource], captured: Captured) -> tuple[S
     found = tuple(_read(source, captured) for source in sources)
     for one in found:
         if not one.prompts:
-            why = f": {one.bad[0].file}:{one.bad[0].line}: {one.bad[0].reason}" if one.bad else ""
+            why = ", nothing that may train was captured" if one.source.source == CAPTURED else ""
+            why = f": {one.bad[0].file}:{one.bad[0].line}: {one.bad[0].reason}" if one.bad else why
             raise TrainingError(f"prompts of {one.source.source!r}: there is none{why}", code="no_data")
     return found
 
