@@ -28,6 +28,7 @@ _DRAWN = {
     questions.SIZE: "one",
     questions.ABOVE_BELOW: "two",
     questions.THERE: "many",
+    questions.PLACED: "two",
 }
 DRAWN_KINDS = tuple(_DRAWN)
 """The kinds of questions about drawn scenes, in order."""
@@ -75,7 +76,8 @@ def _asked(kind: str, split: str, seed: int) -> Iterator[PictureQuestion]:
     while True:
         ref = scene_ref(split, _DRAWN[kind], seed, index)
         rng = random.Random(f"asked/{ref}")  # noqa: S311 - no secret
-        fitting = [one for one in questions.ask(read_scene(ref), rng) if one.kind == kind]
+        scene = read_scene(ref)
+        fitting = [one for one in [*questions.ask(scene, rng), *questions.ask_placed(scene, rng)] if one.kind == kind]
         if fitting:
             one = rng.choice(fitting)
             yield PictureQuestion(kind, ref, one.question, one.answer)

@@ -24,6 +24,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "left/right": ("left", "right"),
     "above/below": ("above", "below"),
     "there": ("yes", "no"),
+    "placed": (*COLOURS, *SHAPES),
 }
 
 

@@ -16,6 +16,7 @@ from noria.scenes.drawn.words import COLOURS, SHAPES
 
 COUNT, COLOUR, SHAPE, SIZE, DIGIT = "count", "colour", "shape", "size", "digit"
 LEFT_RIGHT, ABOVE_BELOW, THERE = "left/right", "above/below", "there"
+PLACED = "placed"
 
 
 _PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
@@ -42,6 +43,22 @@ def ask(scene: Scene, rng: random.Random) -> list[Asked]:
     else:
         asked += _count_some(scene, rng)
     return [*asked, _there(scene, rng)]
+
+
+def ask_placed(scene: Scene, rng: random.Random) -> list[Asked]:
+    """Of two things, one by its place: what colour, what shape. `ask` has no such question, so no training saw one."""
+    if scene.kind != "two":
+        return []
+    first, second = scene.things
+    asked = []
+    for side in side_of(first, second):
+        where = _PLACE[side]
+        asked.append(Asked(PLACED, f"What colour is the shape {where}?", first.colour))
+        asked.append(Asked(PLACED, f"What shape is {where}?", first.word))
+    return [rng.choice(asked)]
+
+
+_PLACE = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
 
 
 TELL = " Tell me about it."
