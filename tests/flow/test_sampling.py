@@ -107,9 +107,14 @@ def clean(world: World) -> Iterator[None]:
 
 
 def differences(policy: Policy, messages: Sequence[Json], group: Json, temperature: float = 1.0) -> list[float]:
-    """|engine - torch| of every sampled token, over the engine's own ids."""
-    found = []
+    """|engine - torch| of every sampled token, over the engine's own ids.
+
+    A sample that says a picture's token is left out: torch would look for the picture.
+    """
+    found, placeholder = [], policy.processor.tokenizer.convert_tokens_to_ids("<image>")
     for sample in group["samples"]:
+        if placeholder in sample["token_ids"]:
+            continue
         expected = policy.logprobs(messages, group["prompt_token_ids"], sample["token_ids"], temperature)
         found += [abs(a - b) for a, b in zip(sample["logprobs"], expected, strict=True)]
     return found
@@ -333,8 +338,8 @@ def test_samples_give_way_to_users_and_are_none_the_worse_for_it(world: World) -
     else:
         pytest.fail(f"in none of {ROUNDS} rounds did samples leave the engine to users")
     returned = [(group, one) for group in groups for one in group.samples if one.turns > 1]
-    assert returned
-    for group, one in returned[:6]:
-        told: Json = {"prompt_token_ids": group.prompt_token_ids, "samples": [vars(one)]}
-        assert statistics.mean(differences(world.policy("one"), SHOWN, told)) < TOLERANCE_NATS
+    told: list[Json] = [{"prompt_token_ids": group.prompt_token_ids, "samples": [vars(one)]} for group, one in returned]
+    found = [differences(world.policy("one"), SHOWN, one) for one in told[:10]]
+    assert any(found)
+    assert all(statistics.mean(one) < TOLERANCE_NATS for one in found if one)
     assert world.noria.status()["completions"] == 0  # neither users here nor sampling are captured
