@@ -73,10 +73,13 @@ def _label_row(ref: str, labels: Labels) -> Json:
 
 
 def _dialogue(ref: str, kind: str, rng: random.Random) -> Json:
-    """Some questions in random order; for `align` a description is among them, else a few are told in a sentence."""
+    """Some questions in random order; for `align` a description is among them, else a few are told in a sentence.
+
+    Not for `grpo`: a reward knows one right answer, and there are many right sentences.
+    """
     turns, described = _turns(ref, rng)
     rng.shuffle(turns)
-    if kind != "align" and not ref.startswith(photos.PREFIX):
+    if kind not in ("align", "grpo") and not ref.startswith(photos.PREFIX):
         turns = [told(*turn, rng) if rng.random() < _TOLD else turn for turn in turns]
     if described is not None and (kind == "align" or rng.random() < 0.2):
         turns.insert(rng.randrange(min(2, len(turns)) + 1), (rng.choice(_DESCRIBE), described))

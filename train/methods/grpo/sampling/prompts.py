@@ -161,7 +161,7 @@ def _of_scenes(source: PromptSource) -> Iterator[Prompt]:
 def _rows(source: PromptSource) -> Sequence[RawRow]:
     name = source.source
     if made.is_made(name):
-        return made.rows(name, "sft", source.split, source.count or DEFAULT_COUNT, source.seed)
+        return made.rows(name, "grpo", source.split, source.count or DEFAULT_COUNT, source.seed)
     if files.is_url(name) or files.exists(name) or not hub.is_name(name):
         return files.read_rows(name)
     return hub.HubRows(name, source.split)
