@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import statistics
 import threading
 import time
@@ -30,7 +31,6 @@ from tests.flow.policies import SMALL, Policy, picture, publish_both, write_lora
 from tests.servers import Server, start_server
 
 TOLERANCE_NATS = 0.06
-ROUNDS = 3  # of users' times to first token, alone and beside sampling
 TEXT: list[Json] = [{"role": "user", "content": "Tell me of the red square"}]
 SHOWN: list[Json] = [
     {
@@ -266,27 +266,40 @@ def test_beside_a_user_samples_get_one_token_a_step(world: World) -> None:
         assert len(group.result()["samples"]) == 64
 
 
-async def first_token_s(http: httpx.AsyncClient, number: int) -> float:
-    """Seconds until a user's streamed answer shows its first token; the answer is read to its end."""
+def family(pid: int) -> list[int]:
+    """A process and all that it has started, and they."""
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return [pid, *(one for thread in threads for child in thread.read_text().split() for one in family(int(child)))]
+
+
+def worked_s(pids: Sequence[int]) -> float:
+    """The processor time that they have had, in seconds: others who load the machine are not in it."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(one[11]) + int(one[12]) for one in fields) / os.sysconf("SC_CLK_TCK")
+
+
+async def first_token_s(http: httpx.AsyncClient, number: int, pids: Sequence[int]) -> float:
+    """The server's work until a user's streamed answer shows its first token; the answer is read to its end."""
     body: Json = {"model": "noria", "messages": [{"role": "user", "content": f"What is {number}?"}], "store": False}
-    started, first = time.perf_counter(), 0.0
+    started, first = worked_s(pids), 0.0
     async with http.stream(
         "POST", "/v1/chat/completions", json={**body, "stream": True, "max_tokens": 12, "ignore_eos": True}
     ) as answer:
         async for line in answer.aiter_lines():
             if not first and line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
-                first = time.perf_counter() - started
+                first = worked_s(pids) - started
     return first
 
 
-async def load(url: str, requests: int) -> list[float]:
-    """Two users with a pause between their questions; the times to their first tokens."""
+async def load(server: Server, requests: int) -> list[float]:
+    """Two users with a pause between their questions; the server's work until their first tokens."""
     found: list[float] = []
-    async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+    pids = family(server.process.pid)
+    async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
 
         async def user(number: int) -> None:
             for turn in range(requests // 2):
-                found.append(await first_token_s(http, number * 1000 + turn))
+                found.append(await first_token_s(http, number * 1000 + turn, pids))
                 await asyncio.sleep(0.3)
 
         await asyncio.gather(user(1), user(2))
@@ -312,7 +325,7 @@ def beside_sampling(world: World, groups: list[Group]) -> tuple[float, float]:
     with SamplingPool([world.server.url], concurrency=2) as pool, ThreadPoolExecutor() as threads:
         sampling = threads.submit(sample, pool)
         try:
-            beside = asyncio.run(load(world.server.url, 24))
+            beside = asyncio.run(load(world.server, 24))
         finally:
             over.set()
         sampling.result()
@@ -320,23 +333,17 @@ def beside_sampling(world: World, groups: list[Group]) -> tuple[float, float]:
 
 
 def test_samples_give_way_to_users_and_are_none_the_worse_for_it(world: World) -> None:
-    """Users' time to first token stays near what it is alone (loosely here; `benchmarks/sampling.py` measures), and
-    a sample that was set back and went on has the log-probabilities of one that was not.
-
-    A machine that is busy with something else spoils a round; samples that do not give way spoil them all.
-    """
+    """What the server works until a user's first token stays near what it is alone (loosely here, and by its own
+    processor time; `benchmarks/sampling.py` measures on the clock), and a sample that was set back and went on has the
+    log-probabilities of one that was not."""
     world.put("one")
-    asyncio.run(load(world.server.url, 4))
+    asyncio.run(load(world.server, 4))
     groups: list[Group] = []
-    for _ in range(ROUNDS):
-        alone = p95(asyncio.run(load(world.server.url, 24)))
-        beside, set_back = beside_sampling(world, groups)
-        print(f"p95 to first token: alone {alone:.3f} s, beside sampling {beside:.3f} s; set back {set_back:.0f}")
-        assert set_back > 0 and len(groups) >= 1
-        if beside < 4 * alone + 0.25:
-            break
-    else:
-        pytest.fail(f"in none of {ROUNDS} rounds did samples leave the engine to users")
+    alone = p95(asyncio.run(load(world.server, 24)))
+    beside, set_back = beside_sampling(world, groups)
+    print(f"p95 to first token: alone {alone:.3f} s, beside sampling {beside:.3f} s; set back {set_back:.0f}")
+    assert set_back > 0 and len(groups) >= 1
+    assert beside < 4 * alone + 0.1
     returned = [(group, one) for group in groups for one in group.samples if one.turns > 1]
     told: list[Json] = [{"prompt_token_ids": group.prompt_token_ids, "samples": [vars(one)]} for group, one in returned]
     found = [differences(world.policy("one"), SHOWN, one) for one in told[:10]]
