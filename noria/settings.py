@@ -254,8 +254,8 @@ class Settings(BaseSettings):
 
     home: Path = Path("~/.noria")
     """NORIA_HOME: settings, store, pictures, models and jobs."""
-    url: str = "http://127.0.0.1:8000"
-    """NORIA_URL: where commands find the server."""
+    url: str | None = None
+    """NORIA_URL: where commands find the server; none is the home's own, else server.http_port here."""
     server: ServerSettings = ServerSettings()
     engine: EngineSettings = EngineSettings()
     sampling: SamplingSettings = SamplingSettings()

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,7 @@ from train.daemon import Trainer, job_settings
 from train.log import EventLog
 
 INTERRUPTED = 130
+_LOOK_S = 0.5  # between two looks at a lease that is waited for
 
 
 def main(settings: Settings, argv: Sequence[str]) -> int:
@@ -90,17 +93,37 @@ def _job(settings: Settings, asked: argparse.Namespace) -> Json:
 
 def _claim(trainer: Trainer, wanted: Json | None, rollout: str) -> Job:
     """A new job, or the one to go on with. Raises Conflict when another runs, or none was left."""
-    lease_s = trainer.settings.train.lease_s
     if wanted is None:
-        job = trainer.store.claim_job(trainer.owner, lease_s)
-        if job is None:
-            raise Conflict("no job was left to go on with", code="no_job")
-        return job
+        return _left(trainer)
     try:
-        return trainer.store.start_job("recipe", wanted, rollout, trainer.owner, lease_s)
+        return trainer.store.start_job("recipe", wanted, rollout, trainer.owner, trainer.settings.train.lease_s)
     except Conflict as error:
         advice = "wait for it, go on with it (`noria train run --resume`) or end it (`noria jobs cancel`)"
         raise Conflict(f"{error.message}: {advice}", code=error.code) from error
+
+
+def _left(trainer: Trainer) -> Job:
+    """The job that was left. A trainer that was killed still holds its lease, which is waited for.
+
+    Raises Conflict (code `no_job`, `job_runs`): none was left; its trainer lives, for it renews the lease.
+    """
+    waiting_for: float | None = None
+    while True:
+        job = trainer.store.claim_job(trainer.owner, trainer.settings.train.lease_s)
+        if job is not None:
+            return job
+        running = trainer.store.list_jobs(1, state="running")
+        if not running:
+            raise Conflict("no job was left to go on with", code="no_job")
+        until = running[0].lease_until or 0.0
+        if waiting_for is None:
+            left_s = math.ceil(max(0.0, until - time.time()))
+            sys.stderr.write(f"noria train: a trainer that is dead or alive holds job {running[0].id} for {left_s} s\n")
+            waiting_for = until
+        if until > waiting_for:
+            raise Conflict(f"job {running[0].id} is trained elsewhere: its trainer is alive", code="job_runs")
+        if trainer.stopping.wait(_LOOK_S):
+            raise Conflict(f"stopped while job {running[0].id} was waited for", code="job_runs")
 
 
 def told_end(job: Job, outcome: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,14 +47,26 @@ class Place:
         return Store.open(settings.store_url)
 
     def client(self) -> NoriaClient:
-        """A client of the server: at the named URL, else where the home's live server says it is, else the default."""
+        """A client of the server: at the named URL, else where the home's live server says, else its port here."""
         from noria.client import NoriaClient
 
         settings = self.settings()
-        running = None if self.url else live_server(settings.home)
+        running = None if settings.url else live_server(settings.home)
         key = settings.server.api_key
-        url = str(running["url"]) if running else settings.url
+        url = settings.url or (str(running["url"]) if running else f"http://127.0.0.1:{settings.server.http_port}")
         return NoriaClient(url, api_key=key.get_secret_value() if key else None)
+
+    def ask(self, server: Callable[[NoriaClient], Any], store: Callable[[Store], Any]) -> Any:
+        """What the server says or, where none is named and the home has none that runs, what its store says.
+
+        A home that is not there is not made: the server's absence is then the error.
+        """
+        settings = self.settings()
+        if settings.url or live_server(settings.home) or not settings.home.is_dir():
+            with self.client() as client:
+                return server(client)
+        with self.store() as kept:
+            return store(kept)
 
 
 def place(ctx: typer.Context) -> Place:

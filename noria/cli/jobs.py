@@ -1,7 +1,7 @@
 """`noria retrain` and `noria jobs`: training, asked for and followed.
 
 Comes in: method, settings, job ids. Goes out: jobs and their events; a waited-for job's end is the exit status.
-Must not import the store: these commands ask the server.
+Jobs are listed, shown and cancelled in the store where the home has no server: `noria train run` needs none.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ def list_jobs(ctx: typer.Context, limit: Limit = 20, as_json: AsJson = False) ->
 @group.command(epilog="Example: noria jobs show job_0123456789abcdef01234567")
 def show(ctx: typer.Context, job: JobId, as_json: AsJson = False) -> None:
     """One job: state, stage, measures, error."""
-    with place(ctx).client() as client:
-        found = client.job(job)
+    found = place(ctx).ask(lambda client: client.job(job), lambda store: store.get_job(job).to_wire())
     if as_json:
         print_json(found)
         return
@@ -84,9 +83,8 @@ def show(ctx: typer.Context, job: JobId, as_json: AsJson = False) -> None:
 
 @group.command(epilog="Example: noria jobs cancel job_0123456789abcdef01234567")
 def cancel(ctx: typer.Context, job: JobId, as_json: AsJson = False) -> None:
-    """Asks a job to stop; a running one stops at its next heartbeat."""
-    with place(ctx).client() as client:
-        found = client.cancel_job(job)
+    """Asks a job to stop; a running one stops at its next heartbeat, one whose trainer is dead at once."""
+    found = place(ctx).ask(lambda client: client.cancel_job(job), lambda store: store.request_cancel(job).to_wire())
     if as_json:
         print_json(found)
     else:
@@ -144,8 +142,9 @@ def raise_ended(job: Json) -> None:
 
 
 def _list(ctx: typer.Context, limit: int, as_json: bool) -> None:
-    with place(ctx).client() as client:
-        found = client.jobs(limit=limit)
+    found = place(ctx).ask(
+        lambda client: client.jobs(limit=limit), lambda store: [job.to_wire() for job in store.list_jobs(limit)]
+    )
     if as_json:
         print_json(found)
         return

@@ -63,7 +63,8 @@ def root(
         Path | None, typer.Option(envvar="NORIA_HOME", help="Settings, store, pictures, models. Default: ~/.noria.")
     ] = None,
     url: Annotated[
-        str | None, typer.Option(envvar="NORIA_URL", help="The server. Default: the home's own, else port 8000 here.")
+        str | None,
+        typer.Option(envvar="NORIA_URL", help="The server. Default: the home's own, else server.http_port here."),
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")

@@ -6,6 +6,7 @@ Comes in: the name of a set that Noria has, or a path, with the format in front 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -27,7 +28,7 @@ ROW_FILES = (".jsonl", ".parquet")
 
 
 def load_set(named: str, *, metric: Metric = "exact", limit: int | None = None) -> QuestionSet:
-    """The set of this name, or the one in this file or folder; `limit` takes its first questions alone.
+    """The set of this name, or the one in this file or folder; `limit` takes so many, categories in turn.
 
     `metric` is that of JSONL rows that say none. Raises NotFound where there is neither, InvalidRequest for a file of
     another format or without a question that can be asked.
@@ -38,7 +39,17 @@ def load_set(named: str, *, metric: Metric = "exact", limit: int | None = None) 
     else:
         path, format_ = _place(named)
         questions, bad = _read(path, format_, metric)
-    return make_set(name_of(named), questions[:limit], bad)
+    return make_set(name_of(named), questions if limit is None else _some(questions, limit), bad)
+
+
+def _some(questions: Sequence[Question], limit: int) -> list[Question]:
+    """The first of every category, then the second of each, in the set's own order."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for place, one in enumerate(questions):
+        turns.append((seen[one.category], place))
+        seen[one.category] += 1
+    return [questions[place] for place in sorted(place for _, place in sorted(turns)[:limit])]
 
 
 def name_of(named: str) -> str:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from noria.errors import NotFound, SettingsError
 from noria.methods.grpo import CAPTURED, PromptSource
+from noria.module_settings import ModuleSettings
 from noria.recipes.schema import DataSource, Recipe
 
 BUILT_IN = ("scenes", "digits", "photos", "text", CAPTURED)  # sources that Noria draws, carries or keeps: never a path
@@ -53,9 +54,16 @@ def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
         for one in error.errors():
             keys.append(_key(tree, one["loc"]))
             told = one["msg"].removeprefix("Value error, ")
-            unknown = " (unknown key)" if one["type"] == "extra_forbidden" else ""
-            lines.append(f"{where}: {keys[-1]}: {told}{unknown}")
+            if one["type"] == "extra_forbidden":
+                told = _unknown(str(one["loc"][-1]))
+            lines.append(f"{where}: {keys[-1]}: {told}")
         raise SettingsError("\n".join(lines), param=keys[0]) from error
+
+
+def _unknown(key: str) -> str:
+    if key in ModuleSettings.model_fields:
+        return f"unknown key; a module has it: modules.language_model.{key}, or of another module"
+    return "unknown key (docs/recipes.md lists them)"
 
 
 def _key(tree: Any, loc: tuple[int | str, ...]) -> str:

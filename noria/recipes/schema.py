@@ -62,7 +62,7 @@ class DataSource(Section):
     split: str = "train"
     """The part of a dataset that has parts."""
     count: int | None = Field(None, ge=1)
-    """So many rows at most; sources that are drawn on the fly need it."""
+    """So many rows at most; none is all, and of what is drawn 10,000 scenes, 1,400 digits or 200 photographs."""
     seed: int = 0
     """Seed of what is drawn, and of which rows `count` takes."""
     weight: float = Field(1.0, gt=0)
@@ -181,7 +181,8 @@ class RecipeStage(Section):
     def _require_rates_in_order(self) -> None:
         if self.schedule != "constant-linear":
             if self.decay_ratio is not None:
-                told = f"decay_ratio={self.decay_ratio} would be ignored: schedule={self.schedule!r}"
+                schedule = "the kind's own schedule" if self.schedule is None else f"schedule={self.schedule!r}"
+                told = f"decay_ratio={self.decay_ratio} would be ignored: {schedule}"
                 raise ValueError(f'{told} has no fall of its own length; say schedule="constant-linear"')
         elif self.warmup_ratio + self.decay > 1:
             told = f"warmup_ratio={self.warmup_ratio} and decay_ratio={self.decay} are more than the whole stage"
@@ -218,7 +219,7 @@ class RecipeStage(Section):
     @property
     def loss(self) -> PreferenceLoss:
         """The loss of a stage of a preference method, as it says or the method's plain one."""
-        stated: PreferenceLoss = getattr(self, self.kind) or _LOSSES[self.kind]()
+        stated: PreferenceLoss = getattr(self, self.kind) or LOSSES[self.kind]()
         if isinstance(stated, DpoLoss) and self.beta is not None:
             return stated.model_copy(update={"beta": self.beta})
         return stated
@@ -273,7 +274,7 @@ class Recipe(Section):
 
 
 _CONVERSATIONS: tuple[StageKind, ...] = ("align", "sft", "finetune")
-_LOSSES: dict[str, type[PreferenceLoss]] = {
+LOSSES: dict[str, type[PreferenceLoss]] = {
     "dpo": DpoLoss,
     "simpo": SimpoLoss,
     "orpo": OrpoLoss,

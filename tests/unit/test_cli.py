@@ -16,6 +16,7 @@ from noria.cli.jobs import nested
 from noria.cli.main import call
 from noria.errors import Conflict, InvalidRequest, NotFound
 from noria.records import Json
+from noria.store import Store
 from tests.checks.documented import commands
 from tests.unit.fake_server import Answer, event, job, page, rollout, serving, status
 
@@ -105,6 +106,28 @@ def test_no_server_is_one_line_and_exit_7(capsys: pytest.CaptureFixture[str], fr
     assert out == ""
     assert len(err.splitlines()) == 1
     assert err.startswith("noria: the server at")
+
+
+def test_jobs_of_a_home_without_a_server_are_its_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Store.open(f"sqlite:///{tmp_path / 'noria.db'}") as store:
+        left = store.start_job("recipe", {}, "none", "a trainer that died", -1.0)
+    home = ["--home", str(tmp_path)]
+    assert call([*home, "jobs", "--json"]) == 0
+    assert [one["id"] for one in json.loads(capsys.readouterr().out)] == [left.id]
+    assert call([*home, "jobs", "show", left.id]) == 0
+    assert "running" in capsys.readouterr().out
+    assert call([*home, "jobs", "cancel", left.id]) == 0
+    assert capsys.readouterr().out == f"{left.id} cancelled\n"
+    assert call([*home, "jobs", "show", "job_none"]) == 4
+    assert capsys.readouterr().err == "noria: no job 'job_none'\n"
+
+
+def test_a_server_that_is_not_there_is_looked_for_at_its_port(
+    tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NORIA_SERVER__HTTP_PORT", str(free_port))
+    assert call(["--home", str(tmp_path), "status"]) == 7
+    assert f"http://127.0.0.1:{free_port}" in capsys.readouterr().err
 
 
 def test_the_home_says_where_its_server_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,7 +171,7 @@ def measure(
         return {
             "kept": found.kept,
             "lengths": found.lengths,
-            "bad": [f"{one.file}:{one.line}: {one.reason}" for one in found.bad[:100]],
+            "bad": [str(one) for one in found.bad[:100]],
             "counts": asdict(counts),
         }
 

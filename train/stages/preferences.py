@@ -191,7 +191,7 @@ class _Steps:
             loss=step.loss,
             grad_norm=step.grad_norm,
             learning_rate=step.learning_rate,
-            tokens=0,
+            tokens=step.tokens,
             seconds=seconds,
             metrics={name: told[name] for name in FIGURES if name in told},
         )

@@ -192,7 +192,7 @@ def data_report(data: MixedData) -> Json:
 
 
 def _source(one: ReadReport) -> Json:
-    bad = [f"{row.file}:{row.line}: {row.reason}" for row in one.bad[:BAD_ROWS]]
+    bad = [str(row) for row in one.bad[:BAD_ROWS]]
     return {"source": one.source, "format": one.format, "counts": one.counts, "sha256": one.sha256, "bad": bad}
 
 

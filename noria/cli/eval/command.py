@@ -37,7 +37,7 @@ def evaluate(
     compare: Annotated[str | None, typer.Option(metavar="VERSION", help=COMPARE)] = None,
     kept: Annotated[bool, typer.Option("--kept", help=KEPT)] = False,
     metric: Annotated[str, typer.Option(help=METRIC)] = "exact",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each set.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many questions of each set, categories in turn.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     concurrency: Annotated[int, typer.Option(min=1, help="Questions under way at once.")] = 8,
     listed: Annotated[bool, typer.Option("--list", help="List what is kept, of VERSION where it is named.")] = False,

@@ -16,11 +16,12 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from noria.cli.context import AsJson, Place, live_server, place, print_fields, print_json, print_table, say, when
+from noria.cli.context import AsJson, Place, place, print_fields, print_json, print_table, say, when
 from noria.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from noria.blobs import Blobs
+    from noria.store import Store
 
 group = typer.Typer(no_args_is_help=True, help="Preferences.", epilog="Example: noria prefs stats")
 
@@ -132,12 +133,14 @@ def forget(
 
 
 def _forget(here: Place, user: str) -> dict[str, Any]:
-    if here.url or live_server(here.settings().home):
-        with here.client() as client:
-            return client.forget_end_user(user)
-    blobs = _blobs(here)
-    with here.store() as store:
-        counts: dict[str, Any] = dict(store.forget_end_user(user))
+    counts: dict[str, Any] = here.ask(
+        lambda client: client.forget_end_user(user), lambda store: _forget_in(store, _blobs(here), user)
+    )
+    return counts
+
+
+def _forget_in(store: Store, blobs: Blobs, user: str) -> dict[str, Any]:
+    counts: dict[str, Any] = dict(store.forget_end_user(user))
     images = counts.pop("images", [])
     for sha256 in images:
         blobs.delete(sha256)

@@ -268,9 +268,11 @@ def test_named_sets_are_fixed(tmp_path: Path) -> None:
     text = load_set("embedded-text")
     assert (len(text.questions), len({one.prompt for one in text.questions})) == (40, 40)
     assert {one.metric for one in text.questions} == {"contains"}
-    drawn = load_set("embedded", limit=3)
-    assert [one.category for one in drawn.questions] == ["colour"] * 3
-    assert drawn.hash == load_set("embedded", limit=3).hash
+    drawn = load_set("embedded", limit=8)
+    assert [one.id for one in drawn.questions] == [
+        *("colour-1", "colour-2", "shape-1", "shape-2", "count-1", "left/right-1", "digit-1", "handwriting-1")
+    ], "categories in turn"
+    assert drawn.hash == load_set("embedded", limit=8).hash
     assert all(len(one.pictures) == 1 for one in drawn.questions)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from train.data.samples import Sample, image_part
 from train.methods.delta import changed_modules, delta_folders
 from train.pipeline import learn, prepare
 from train.pipeline.context import JobContext
+from train.run import _claim as taken_up
 from train.run import main as run_main
 from train.stages.job import spread_rows
 from train.stages.spec import read_steps
@@ -181,6 +183,33 @@ def test_one_job_at_a_time(trainer: Trainer, data: Path, tmp_path: Path, capsys:
         run_main(trainer.settings, ["--resume"])
     with pytest.raises(SettingsError, match="name a recipe, or say --resume"):
         run_main(trainer.settings, [])
+
+
+def test_what_a_killed_trainer_holds_is_waited_for(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+    left = trainer.store.create_job("dpo", {}, "none")
+    assert trainer.store.claim_job("trainer-killed", 3.0) is not None
+    job = taken_up(trainer, None, "none")
+    assert (job.id, job.owner, job.attempt) == (left.id, trainer.owner, 2)
+    assert f"holds job {left.id} for" in capsys.readouterr().err
+
+
+def test_what_a_trainer_that_lives_holds_is_not_waited_for(trainer: Trainer) -> None:
+    left = trainer.store.create_job("dpo", {}, "none")
+    assert trainer.store.claim_job("trainer-alive", 60.0) is not None
+    over = threading.Event()
+
+    def live() -> None:
+        while not over.wait(0.05):
+            trainer.store.heartbeat(left.id, "trainer-alive", 60.0)
+
+    alive = threading.Thread(target=live)
+    alive.start()
+    try:
+        with pytest.raises(Conflict, match=f"job {left.id} is trained elsewhere: its trainer is alive"):
+            taken_up(trainer, None, "none")
+    finally:
+        over.set()
+        alive.join()
 
 
 @pytest.mark.parametrize(

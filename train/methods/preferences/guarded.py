@@ -38,6 +38,9 @@ class ElsewhereReference(torch.nn.Module):
         raise TrainingError("the reference's log-probabilities should have been kept")
 
 
+_MASKS = ("attention_mask", "KL_attention_mask")  # of a batch's tokens
+
+
 class Heard:
     """A model that remembers what it last said. `outputs` is TRL's, with log-probabilities and without logits."""
 
@@ -75,6 +78,7 @@ class GuardedTrainer(CheckpointedTrainer, ABC):
         self._applied = applied
         self._judgements = judgements
         self.step_rows: list[int] = []
+        self.step_tokens = 0
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimiser that the arguments ask for, over the policies' own groups."""
@@ -94,6 +98,7 @@ class GuardedTrainer(CheckpointedTrainer, ABC):
         """
         rows = [int(row) for row in inputs.pop(ROWS)]
         self.step_rows.extend(rows)
+        self.step_tokens += sum(int(inputs[name].sum()) for name in _MASKS if name in inputs)
         self._add_reference(model, inputs, rows)
         heard = Heard(model)
         loss = self._whole(super().compute_loss(heard, inputs), heard.outputs, inputs)
@@ -123,8 +128,9 @@ class GuardedTrainer(CheckpointedTrainer, ABC):
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
 
     def begin_step(self) -> None:
-        """A new optimiser step: its judgements are named afresh."""
+        """A new optimiser step: its judgements are named afresh, its tokens counted from none."""
         self.step_rows.clear()
+        self.step_tokens = 0
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: TRL would write one beside every checkpoint."""

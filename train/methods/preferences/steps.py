@@ -24,7 +24,8 @@ class Step:
     reference; sums over an answer's tokens, or means where the method divides by length. `margin` is reward_chosen -
     reward_rejected; for KTO chosen are the answers with a thumb up, and a step that lacks one of either kind has no
     margin. `accuracy` is the share of pairs whose chosen answer has the higher reward; for KTO, of answers on their
-    thumb's side of the reference point. `kl` is that point, in nats, of KTO alone.
+    thumb's side of the reference point. `kl` is that point, in nats, of KTO alone. `tokens` were read in the step,
+    prompts and pictures included, padding not.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Step:
     grad_norm: float
     learning_rate: float  # of the first module that trains, from the language model down
     kl: float | None = None
+    tokens: int = 0
 
     def to_json(self) -> Json:
         """What is known of it."""
@@ -63,14 +65,15 @@ class StepWatch(StopWatch):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Every step logs once; the summary at the end has no `loss`."""
         if logs and "loss" in logs:
-            passes = self.trainer.passes if isinstance(self.trainer, GuardedTrainer) else 1.0
+            guarded = self.trainer if isinstance(self.trainer, GuardedTrainer) else None
+            passes, tokens = (guarded.passes, guarded.step_tokens) if guarded else (1.0, 0)
             told = {**logs, "step": state.global_step, "epoch": state.epoch}
             with self.stopping(control):
-                self._on_step(read_step(told, state.max_steps, passes))
+                self._on_step(read_step(told, state.max_steps, passes, tokens))
 
 
-def read_step(told: dict[str, Any], steps: int, passes: float = 1.0) -> Step:
-    """A line of the trainer's history, which has one with a `loss` for every step; `passes` as of GuardedTrainer."""
+def read_step(told: dict[str, Any], steps: int, passes: float = 1.0, tokens: int = 0) -> Step:
+    """A line of the trainer's history, which has one with a `loss` for every step; the rest as of GuardedTrainer."""
     chosen, rejected = (_number(told, f"rewards/{name}") for name in ("chosen", "rejected"))
     return Step(
         step=int(told["step"]),
@@ -84,6 +87,7 @@ def read_step(told: dict[str, Any], steps: int, passes: float = 1.0) -> Step:
         grad_norm=float(told.get("grad_norm", 0.0)),
         learning_rate=float(told.get("learning_rate", 0.0)),
         kl=_number(told, "kl"),
+        tokens=tokens,
     )
 
 

@@ -7,7 +7,6 @@ again: the blank model, the job (which goes on from its last checkpoint), the ve
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -112,12 +111,6 @@ def _is_left(store: Store, recipe: Recipe) -> bool:
         raise Conflict(
             f"job {first.id} ({first.method}) is {first.state} in this home, and one job runs at a time: "
             f"wait for it, or end it (`noria jobs cancel {first.id}`)",
-            code="job_runs",
-        )
-    if first.state == "running" and (first.lease_until or 0.0) > time.time():
-        left_s = (first.lease_until or 0.0) - time.time()
-        raise Conflict(
-            f"job {first.id} trains the eyes already; if its trainer is dead, call again in {left_s:.0f} s",
             code="job_runs",
         )
     return True

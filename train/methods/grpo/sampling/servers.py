@@ -103,10 +103,9 @@ def addresses(named: Sequence[str], settings: Settings, store: Store) -> Callabl
 
     These are asked over gRPC, where pictures travel as bytes.
     """
-    if named:
-        return lambda: named
-    if "url" in settings.model_fields_set:
-        return lambda: (settings.url,)
+    fixed = tuple(named) or ((settings.url,) if settings.url else ())
+    if fixed:
+        return lambda: fixed
 
     def beating() -> Sequence[str]:
         found = store.processes("server", fresh_s=FRESH_S)
