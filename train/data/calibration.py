@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from noria.errors import NotFound
 from noria.records import Completion, Json, Pair, Thumb, image_references
@@ -25,7 +25,6 @@ from train.data.samples import LoadImage
 from train.export.rendering import CalibrationSample
 
 Row = Pair | Thumb
-One = TypeVar("One")
 RECIPE = "chosen answers of training pairs, evenly spread, then recent completions of prompts that are not held out"
 
 
@@ -43,13 +42,13 @@ def choose(
     wanted, checked = counts
     train, held_out = _good(train), _good(held_out)
     half = wanted if not recent else max(1, (wanted + 1) // 2)
-    calibration = [_of_row(row) for row in spread(train, half)]
+    calibration = [_of_row(row) for row in _spread(train, half)]
     answered, unreadable = usable(recent)
     others = [of_completion(one) for one in answered]
     calibration += [of_completion(one) for one in answered if not aside(one.prompt_hash)][: wanted - len(calibration)]
     calibration += [_of_row(row) for row in train if _of_row(row) not in calibration][: wanted - len(calibration)]
     fresh = [reference for reference in others if reference not in calibration]
-    verification = [_of_row(row) for row in spread(held_out, checked)]
+    verification = [_of_row(row) for row in _spread(held_out, checked)]
     verification += fresh[: checked - len(verification)]
     return {
         "recipe": RECIPE,
@@ -133,8 +132,7 @@ def of_completion(completion: Completion) -> Json:
     return {"completion": completion.id}
 
 
-def spread(rows: Sequence[One], count: int) -> list[One]:
-    """`count` of the rows, evenly over all of them, or all where there are fewer."""
+def _spread(rows: Sequence[Row], count: int) -> list[Row]:
     if len(rows) <= count:
         return list(rows)
     return [rows[index * len(rows) // count] for index in range(count)]

@@ -267,7 +267,7 @@ def spread_rows(answered: Sequence[AnySample], counts: tuple[int, int]) -> list[
     named = [one for one in answered if not isinstance(one, VisionSample)]
     plain, pictured = [one for one in named if not one.images], [one for one in named if one.images]
     without = min(len(plain), max(wanted // 2, wanted - len(pictured)))
-    taken = list(enumerate([*calibration.spread(pictured, wanted - without), *calibration.spread(plain, without)]))
+    taken = list(enumerate([*_spread(pictured, wanted - without), *_spread(plain, without)]))
     aside = {number * wanted // checked + wanted // checked - 1 for number in range(checked)}
     ordered = [one for at, one in taken if at not in aside] + [one for at, one in taken if at in aside]
     return [_reference(one) for one in ordered]
@@ -278,6 +278,11 @@ def _good(answered: Sequence[AnySample]) -> Sequence[AnySample]:
     if not answered or not isinstance(answered[0], ThumbSample):
         return answered
     return [one for one in answered if isinstance(one, ThumbSample) and one.up]
+
+
+def _spread(rows: Sequence[Answered], wanted: int) -> Sequence[Answered]:
+    step = max(1, len(rows) // max(1, wanted))
+    return rows[: step * wanted : step]
 
 
 def _reference(one: Answered) -> Json:
