@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from vllm.model_executor.model_loader.reload import layerwise
 
+from serve.engine.lora_cpu import install
 from serve.engine.tempered import temper
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 # is imported in every worker before its first kernel, so it asks. It does nothing on a CPU without AMX.
 if torch.cpu._is_amx_tile_supported():
     torch.cpu._init_amx()
+
+install()  # before the first adapter; on a GPU nothing calls what it replaces
 
 
 class NoriaWorkerExtension:

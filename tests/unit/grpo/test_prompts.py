@@ -202,7 +202,7 @@ def test_a_stage_of_a_recipe_says_it_all_in_its_table(tmp_path: Path) -> None:
         ({"modules": {"aligner": "full"}}, r"modules\.aligner\.policy='full' contradicts kind='grpo'"),
         ({"modules": {"language_model": "full"}}, r"modules\.language_model\.policy='full' contradicts GRPO"),
         ({"modules": {"language_model": {"dropout": 0.1}}}, r"modules\.language_model\.dropout=0\.1 contradicts GRPO"),
-        ({"grpo": {"step": 3}}, r"stages\.play\.grpo\.step: .*\(unknown key\)"),
+        ({"grpo": {"step": 3}}, r"stages\.play\.grpo\.step: unknown key"),
     ],
 )
 def test_what_a_stage_would_ignore_is_refused(told: Json, why: str) -> None:

@@ -1,0 +1,141 @@
+"""In vLLM's worker on a CPU: what an adapter adds, computed once an adapter, and nothing for tokens without one.
+
+Comes in: the calls of vLLM's `PunicaWrapperCPU`. Goes out: its operations, replaced. Only the worker's extension
+imports this. Must not import anything of Noria.
+
+vLLM 0.31's own (`vllm/lora/ops/torch_ops/lora_ops.py`) copy the adapter's matrices once for every token, and take the
+index -1, which says "no adapter", for the last slot: a user's token in one batch with a sample got the adapter's part
+added. Here tokens are sorted by adapter and multiplied by its matrices as they are; others are left alone.
+
+Shapes: T tokens, S slots, I and O inputs and outputs, R rank; weights may have a second dimension of 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm.lora.punica_wrapper import punica_cpu
+
+
+def install() -> None:
+    """Puts these in place of vLLM's in the one module that calls them. A second call changes nothing."""
+    for name, operation in OPERATIONS.items():
+        setattr(punica_cpu, name, operation)
+
+
+def shrink(
+    inputs_TI: torch.Tensor, weights: torch.Tensor, output_TR: torch.Tensor, slots_T: torch.Tensor, scaling: float = 1.0
+) -> None:
+    """output = scaling * inputs @ A^T of each token's slot, 0 where it has none; in the output's type (float32)."""
+    rank = weights.shape[-2]
+    output_TR[:, :rank] = 0
+    for slot, rows in _by_slot(slots_T):
+        part = inputs_TI[rows].to(output_TR.dtype) @ _matrix(weights, slot).to(output_TR.dtype).t()
+        output_TR[rows, :rank] = scaling * part
+
+
+def expand(
+    inputs_TR: torch.Tensor,
+    weights: torch.Tensor,
+    output_TO: torch.Tensor,
+    slots_T: torch.Tensor,
+    add_inputs: bool = True,
+) -> None:
+    """output += inputs @ B^T of each token's slot. Whichever of the two is padded further gives way."""
+    width = min(weights.shape[-2], output_TO.shape[1])
+    expand_slice(inputs_TR, weights[..., :width, :], output_TO, slots_T, 0, width, add_inputs)
+
+
+def expand_slice(
+    inputs_TR: torch.Tensor,
+    weights: torch.Tensor,
+    output_TO: torch.Tensor,
+    slots_T: torch.Tensor,
+    slice_offset: int,
+    slice_size: int,
+    add_inputs: bool = True,
+) -> None:
+    """The same into a slice of the output: of q, k and v in one matrix, say. Summed in the inputs' type (float32)."""
+    part_TO = output_TO[:, slice_offset : slice_offset + slice_size]
+    if not add_inputs:
+        part_TO.zero_()
+    for slot, rows in _by_slot(slots_T):
+        added = inputs_TR[rows] @ _matrix(weights, slot).to(inputs_TR.dtype).t()
+        part_TO[rows] += added.to(part_TO.dtype)
+
+
+def _by_slot(slots_T: torch.Tensor) -> Iterator[tuple[int, Any]]:
+    """Every slot that is asked for with its tokens; all of them at once where it is one slot's batch."""
+    found = torch.unique(slots_T).tolist()
+    for slot in found:
+        if slot >= 0:
+            yield int(slot), slice(None) if len(found) == 1 else torch.nonzero(slots_T == slot).flatten()
+
+
+def _matrix(weights: torch.Tensor, slot: int) -> torch.Tensor:
+    return weights[slot].reshape(weights.shape[-2:])
+
+
+def _each_token(slots_B: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+    """The slot of each token, of sequences that follow each other."""
+    return torch.repeat_interleave(slots_B, lengths_B)
+
+
+def _shrink_prefill(
+    inputs: torch.Tensor,
+    weights: torch.Tensor,
+    output: torch.Tensor,
+    starts: Any,
+    lengths: torch.Tensor,
+    slots: torch.Tensor,
+    batches: int,
+    longest: int,
+    tokens: int,
+    scaling: float,
+) -> None:
+    shrink(inputs, weights, output, _each_token(slots, lengths), scaling)
+
+
+def _expand_prefill(
+    inputs: torch.Tensor,
+    weights: torch.Tensor,
+    output: torch.Tensor,
+    starts: Any,
+    lengths: torch.Tensor,
+    slots: torch.Tensor,
+    batches: int,
+    longest: int,
+    tokens: int,
+    add_inputs: bool = False,
+) -> None:
+    expand(inputs, weights, output, _each_token(slots, lengths), add_inputs)
+
+
+def _expand_slice_prefill(
+    inputs: torch.Tensor,
+    weights: torch.Tensor,
+    output: torch.Tensor,
+    starts: Any,
+    lengths: torch.Tensor,
+    slots: torch.Tensor,
+    batches: int,
+    longest: int,
+    tokens: int,
+    slice_offset: int,
+    slice_size: int,
+    add_inputs: bool = False,
+) -> None:
+    expand_slice(inputs, weights, output, _each_token(slots, lengths), slice_offset, slice_size, add_inputs)
+
+
+OPERATIONS = {
+    "bgmv_shrink": shrink,
+    "bgmv_expand": expand,
+    "bgmv_expand_slice": expand_slice,
+    "sgmv_shrink": _shrink_prefill,
+    "sgmv_expand": _expand_prefill,
+    "sgmv_expand_slice": _expand_slice_prefill,
+}
+"""vLLM's names for them; `sgmv` is for prefill, where a slot is told once a sequence."""

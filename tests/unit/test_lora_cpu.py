@@ -1,0 +1,76 @@
+"""Adapters on a CPU: each token gets its own adapter's part, and one without an adapter gets nothing."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.punica_wrapper import punica_cpu
+
+from serve.engine.lora_cpu import OPERATIONS, expand_slice, install, shrink
+
+TOKENS, INPUTS, OUTPUTS, RANK, SLOTS = 7, 24, 12, 4, 2
+MIXED = [1, -1, 0, 0, 1, -1, 1]
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    """Seeded numbers of this shape, as a model's weights are held."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("slots", [MIXED, [0] * TOKENS, [1] * TOKENS, [-1] * TOKENS])
+def test_each_token_gets_what_its_adapter_says(slots: list[int]) -> None:
+    inputs, base = drawn(TOKENS, INPUTS), drawn(TOKENS, 2 * OUTPUTS)
+    a, b = drawn(SLOTS, 1, RANK, INPUTS), drawn(SLOTS, 1, OUTPUTS, RANK)
+    buffer, output = torch.full((TOKENS, RANK), 9.0), base.clone()
+    shrink(inputs, a, buffer, torch.tensor(slots), 0.5)
+    expand_slice(buffer, b, output, torch.tensor(slots), OUTPUTS, OUTPUTS)
+    for row, slot in enumerate(slots):
+        added = torch.zeros(OUTPUTS)
+        if slot >= 0:
+            added = 0.5 * inputs[row].float() @ a[slot, 0].float().t() @ b[slot, 0].float().t()
+        wanted = (base[row, OUTPUTS:].float() + added).to(torch.bfloat16)
+        torch.testing.assert_close(output[row, OUTPUTS:], wanted, rtol=2e-2, atol=2e-2)
+        assert torch.equal(output[row, :OUTPUTS], base[row, :OUTPUTS])
+        if slot < 0:
+            assert torch.equal(output[row], base[row]), "a user's token is as it was, to the bit"
+
+
+def test_one_adapters_batch_is_vllms_own() -> None:
+    inputs, base = drawn(TOKENS, INPUTS), drawn(TOKENS, OUTPUTS)
+    weights, slots = (drawn(SLOTS, 1, RANK, INPUTS), drawn(SLOTS, 1, OUTPUTS, RANK)), torch.tensor([1] * TOKENS)
+    found = []
+    for operations in (OPERATIONS, vars(lora_ops)):
+        buffer, output = torch.zeros(TOKENS, RANK), base.clone()
+        operations["bgmv_shrink"](inputs, weights[0], buffer, slots, 2.0)
+        operations["bgmv_expand"](buffer, weights[1], output, slots)
+        found.append(output)
+    torch.testing.assert_close(*found, rtol=2e-2, atol=5e-2)
+
+
+def test_in_vllms_own_a_token_without_an_adapter_gets_the_last_ones_part() -> None:
+    """The trap; when this fails, vLLM has mended it, and `serve.engine.lora_cpu` is for speed alone."""
+    buffer = torch.zeros(1, RANK)
+    lora_ops.bgmv_shrink(drawn(1, INPUTS), drawn(SLOTS, 1, RANK, INPUTS), buffer, torch.tensor([-1]))
+    assert bool(buffer.any())
+
+
+def test_a_prompts_tokens_share_its_slot() -> None:
+    inputs, a = drawn(5, INPUTS), drawn(SLOTS, 1, RANK, INPUTS)
+    by_prompt, by_token = torch.zeros(5, RANK), torch.zeros(5, RANK)
+    lengths, slots = torch.tensor([2, 3]), torch.tensor([1, -1])
+    OPERATIONS["sgmv_shrink"](inputs, a, by_prompt, None, lengths, slots, 2, 3, 5, 1.0)
+    shrink(inputs, a, by_token, torch.tensor([1, 1, -1, -1, -1]))
+    assert torch.equal(by_prompt, by_token)
+    assert by_prompt[:2].all() and not by_prompt[2:].any()
+
+
+def test_they_take_vllms_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, ours in OPERATIONS.items():
+        theirs = getattr(lora_ops, name)
+        assert len(inspect.signature(ours).parameters) == len(inspect.signature(theirs).parameters), name
+        monkeypatch.setattr(punica_cpu, name, theirs)
+    install()
+    assert all(getattr(punica_cpu, name) is ours for name, ours in OPERATIONS.items())
