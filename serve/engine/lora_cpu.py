@@ -12,7 +12,7 @@ Shapes: T tokens, S slots, I and O inputs and outputs, R rank; weights may have 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -130,7 +130,7 @@ def _expand_slice_prefill(
     expand_slice(inputs, weights, output, _each_token(slots, lengths), slice_offset, slice_size, add_inputs)
 
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[..., None]] = {
     "bgmv_shrink": shrink,
     "bgmv_expand": expand,
     "bgmv_expand_slice": expand_slice,
