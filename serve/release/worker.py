@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from vllm.model_executor.model_loader.reload import layerwise
 
-from serve.engine.lora_cpu import install
-from serve.engine.tempered import temper
+from serve.engine.worker.lora_cpu import install
+from serve.engine.worker.tempered import temper
 
 logger = logging.getLogger(__name__)
 

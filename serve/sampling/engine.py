@@ -5,7 +5,7 @@ Comes in: messages, tokens, adapters. Goes out: pieces of samples. vLLM is impor
 What a log-probability is. vLLM 0.31 has one `--logprobs-mode` for the whole engine. Noria leaves it at `raw_logprobs`,
 for users' answers and for the probe: log softmax of the model's logits, before temperature, penalties, top_k and top_p.
 At temperature 1 that is the policy's own log-probability. At another temperature T the worker is taught, for sampling's
-requests alone, to divide the logits by T first (`serve.engine.tempered`), where it can; `tempered` says whether it can.
+requests alone, to divide the logits by T first (`serve.engine.worker.tempered`), where it can; `tempered` says whether.
 top_k and top_p never count: the number is of the whole distribution.
 """
 

@@ -11,7 +11,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from serve.engine.tempered import temper
+from serve.engine.worker.tempered import temper
 
 IDS = ["chatcmpl-1-ab", "sample-x-0-0-cd", "sample-x-1-0-ef", "sample-y-0-0-01", "cmpl-sample-2"]
 TEMPERATURES = [0.3, 0.5, 1.0, 0.0, 2.0]

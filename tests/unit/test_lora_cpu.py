@@ -9,7 +9,7 @@ import torch
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 
-from serve.engine.lora_cpu import OPERATIONS, expand_slice, install, shrink
+from serve.engine.worker.lora_cpu import OPERATIONS, expand_slice, install, shrink
 
 TOKENS, INPUTS, OUTPUTS, RANK, SLOTS = 7, 24, 12, 4, 2
 MIXED = [1, -1, 0, 0, 1, -1, 1]
@@ -51,7 +51,7 @@ def test_one_adapters_batch_is_vllms_own() -> None:
 
 
 def test_in_vllms_own_a_token_without_an_adapter_gets_the_last_ones_part() -> None:
-    """The trap; when this fails, vLLM has mended it, and `serve.engine.lora_cpu` is for speed alone."""
+    """The trap; when this fails, vLLM has mended it, and `serve.engine.worker.lora_cpu` is for speed alone."""
     buffer = torch.zeros(1, RANK)
     lora_ops.bgmv_shrink(drawn(1, INPUTS), drawn(SLOTS, 1, RANK, INPUTS), buffer, torch.tensor([-1]))
     assert bool(buffer.any())

@@ -1,0 +1,1 @@
+"""What is put into vLLM's worker process, beside `serve.release.worker`."""
