@@ -118,7 +118,8 @@ def _left(trainer: Trainer) -> Job:
         until = running[0].lease_until or 0.0
         if waiting_for is None:
             left_s = math.ceil(max(0.0, until - time.time()))
-            sys.stderr.write(f"noria train: a trainer that is dead or alive holds job {running[0].id} for {left_s} s\n")
+            told = f"job {running[0].id} belongs to another trainer for {left_s} s more"
+            sys.stderr.write(f"noria train: {told}; if that one is dead, it goes on here then\n")
             waiting_for = until
         if until > waiting_for:
             raise Conflict(f"job {running[0].id} is trained elsewhere: its trainer is alive", code="job_runs")

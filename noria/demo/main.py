@@ -7,8 +7,6 @@ Must not import torch, vllm, serve or train: it does what a user could do.
 from __future__ import annotations
 
 import json
-import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -62,7 +60,6 @@ def run(out: Path, home: Path | None = None, *, as_json_text: bool = False) -> i
     Raises NoriaError when a part of the system fails.
     """
     out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
     console = Console(stderr=True)
     clock = Clock()
     home = home or out / time.strftime("home-%Y%m%d-%H%M%S")

@@ -28,8 +28,10 @@ def running_system(
 
     `model` is a checkpoint, the embedded one when none is given; `settings` are more `NORIA_*` variables.
 
-    Raises Unavailable with the log's last lines when it ends early or does not serve within 25 minutes.
+    Raises Unavailable with the log's last lines when it ends early or does not serve within 25 minutes. SIGTERM ends
+    the caller by SystemExit from here on, so that what was started is ended too; call it in the main thread.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     home.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "noria", "up", "--http-port", "0", "--grpc-port", "0"]
     command += ["--model", model] if model else []

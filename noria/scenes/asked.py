@@ -19,12 +19,15 @@ from noria.scenes.drawn.words import HELD_OUT, MOST_THINGS
 SEED = 1_000
 """Seed of the held-out pictures; training uses small ones."""
 HANDWRITING = "handwriting"
-_DRAWN = {
+_JUDGED = {
     questions.COLOUR: "one",
     questions.SHAPE: "one",
     questions.COUNT: "many",
     questions.LEFT_RIGHT: "two",
     questions.DIGIT: "digit",
+}
+_DRAWN = {
+    **_JUDGED,
     questions.SIZE: "one",
     questions.ABOVE_BELOW: "two",
     questions.THERE: "many",
@@ -32,7 +35,7 @@ _DRAWN = {
 }
 DRAWN_KINDS = tuple(_DRAWN)
 """The kinds of questions about drawn scenes, in order."""
-JUDGED_KINDS = DRAWN_KINDS[:5]
+JUDGED_KINDS = tuple(_JUDGED)
 """Those that the eyes are judged by."""
 KINDS = (*JUDGED_KINDS, HANDWRITING)
 """The kinds of held-out questions, in order."""

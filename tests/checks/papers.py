@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -30,8 +30,7 @@ MADE = "<!-- made by `make docs`; do not edit -->"
 
 def cli_page() -> str:
     """Every command with its example, arguments and options."""
-    lines = ["# The command line", "", MADE, ""]
-    lines += [
+    lines = [
         "Global options stand before the command: `noria --home DIR status`. `--home` is also `NORIA_HOME` (default "
         "`~/.noria`), `--url` is also `NORIA_URL` (default: where the home's own server says it is, else "
         "`server.http_port` here). Errors are one line on standard error.",
@@ -50,25 +49,23 @@ def cli_page() -> str:
         ]
         rows = [row for param in command.params if param.name != "help" for row in _param(param)]
         lines += [*rows, ""] if rows else []
-    return "\n".join([*lines, *_exits()]).rstrip() + "\n"
+    return _page("The command line", [*lines, *_exits()])
 
 
 def settings_page() -> str:
     """Every setting with its default and doc."""
-    lines = ["# Settings", "", MADE, ""]
-    lines += [
+    lines = [
         "Flags win over `NORIA_*` environment variables, which win over `noria.toml` in the home. Environment names "
         "nest with two underscores: `NORIA_SERVER__HTTP_PORT=9000` is `http_port` under `[server]`. Unknown keys are "
         "refused. `noria config show` prints what is in force.",
         "",
     ]
-    return "\n".join([*lines, *_section(Settings, "")]).rstrip() + "\n"
+    return _page("Settings", [*lines, *_section(Settings, "")])
 
 
 def recipes_page() -> str:
     """Every key of a recipe with its default and doc."""
-    lines = ["# Recipes", "", MADE, ""]
-    lines += [
+    lines = [
         "A recipe is a TOML file for `noria train run`; `deploy/settings/recipes/` has one for every family. Unknown "
         "keys, and keys that would be ignored, are refused. What its data may look like: [data.md](data.md). The "
         "losses of preference methods: [methods.md](methods.md).",
@@ -91,7 +88,11 @@ def recipes_page() -> str:
     ]
     for title, model in tables:
         lines += [f"## {title}", "", _text(model.__doc__), "", *_table(model.model_fields), ""]
-    return "\n".join(lines).rstrip() + "\n"
+    return _page("Recipes", lines)
+
+
+def _page(title: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"# {title}", "", MADE, "", *lines]).rstrip() + "\n"
 
 
 def _section(model: type[BaseModel], prefix: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from vllm.lora.layers import LoRAMapping
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 
@@ -57,14 +58,22 @@ def test_in_vllms_own_a_token_without_an_adapter_gets_the_last_ones_part() -> No
     assert bool(buffer.any())
 
 
-def test_a_prompts_tokens_share_its_slot() -> None:
-    inputs, a = drawn(5, INPUTS), drawn(SLOTS, 1, RANK, INPUTS)
-    by_prompt, by_token = torch.zeros(5, RANK), torch.zeros(5, RANK)
-    lengths, slots = torch.tensor([2, 3]), torch.tensor([1, -1])
-    OPERATIONS["sgmv_shrink"](inputs, a, by_prompt, None, lengths, slots, 2, 3, 5, 1.0)
-    shrink(inputs, a, by_token, torch.tensor([1, 1, -1, -1, -1]))
-    assert torch.equal(by_prompt, by_token)
-    assert by_prompt[:2].all() and not by_prompt[2:].any()
+@pytest.mark.parametrize("prefill", [True, False])
+def test_vllms_wrapper_gives_each_token_its_own(prefill: bool) -> None:
+    """A batch as the worker has it: a user's token, two of one adapter, two of the other; prompts and answers alike."""
+    install()
+    ids = (0, 7, 7, 9, 9)
+    wrapper = punica_cpu.PunicaWrapperCPU(16, 8, "cpu")
+    wrapper.update_metadata(LoRAMapping(ids, ids, is_prefill=prefill), [9, 7], SLOTS, 100)
+    inputs, base = drawn(len(ids), INPUTS), drawn(len(ids), OUTPUTS)
+    a, b = drawn(SLOTS, 1, RANK, INPUTS), drawn(SLOTS, 1, OUTPUTS, RANK)
+    output = base.clone()
+    wrapper.add_lora_linear(output, inputs, (a,), (b,), 0.5, (OUTPUTS,))
+    for row, slot in enumerate((None, 1, 1, 0, 0)):
+        added = 0.0 if slot is None else 0.5 * inputs[row].float() @ a[slot, 0].float().t() @ b[slot, 0].float().t()
+        wanted = (base[row].float() + added).to(torch.bfloat16)
+        torch.testing.assert_close(output[row], wanted, rtol=2e-2, atol=2e-2)
+    assert torch.equal(output[0], base[0]), "a user's token is as it was, to the bit"
 
 
 def test_they_take_vllms_places(monkeypatch: pytest.MonkeyPatch) -> None:

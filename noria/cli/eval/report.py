@@ -21,7 +21,7 @@ CELL = 60
 def tell_bad_rows(asked: QuestionSet) -> None:
     """What was left out of a set, and why: the first rows, and how many there are."""
     for row in asked.bad[:SHOWN_BAD]:
-        say(f"{row.file}:{row.line}: {row.reason}")
+        say(str(row))
     if asked.bad:
         say(f"{asked.name}: {len(asked.bad)} bad rows left out, {len(asked.questions)} questions asked")
 

@@ -20,9 +20,15 @@ from vllm.lora.punica_wrapper import punica_cpu
 
 
 def install() -> None:
-    """Puts these in place of vLLM's in the one module that calls them. A second call changes nothing."""
+    """Puts these in place of vLLM's in the one module that calls them. A second call changes nothing.
+
+    vLLM's own for prefill unfold a slot a sequence into one a token, which the wrapper has for decoding anyhow.
+    """
     for name, operation in OPERATIONS.items():
         setattr(punica_cpu, name, operation)
+    wrapper = punica_cpu.PunicaWrapperCPU
+    for step in ("shrink", "expand", "expand_slice"):
+        setattr(wrapper, f"_{step}_prefill", getattr(wrapper, f"_{step}_decode"))
 
 
 def shrink(
@@ -68,74 +74,19 @@ def expand_slice(
 
 def _by_slot(slots_T: torch.Tensor) -> Iterator[tuple[int, Any]]:
     """Every slot that is asked for with its tokens; all of them at once where it is one slot's batch."""
-    found = torch.unique(slots_T).tolist()
+    found = set(slots_T.tolist())
     for slot in found:
         if slot >= 0:
-            yield int(slot), slice(None) if len(found) == 1 else torch.nonzero(slots_T == slot).flatten()
+            yield slot, slice(None) if len(found) == 1 else torch.nonzero(slots_T == slot).flatten()
 
 
 def _matrix(weights: torch.Tensor, slot: int) -> torch.Tensor:
     return weights[slot].reshape(weights.shape[-2:])
 
 
-def _each_token(slots_B: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-    """The slot of each token, of sequences that follow each other."""
-    return torch.repeat_interleave(slots_B, lengths_B)
-
-
-def _shrink_prefill(
-    inputs: torch.Tensor,
-    weights: torch.Tensor,
-    output: torch.Tensor,
-    starts: Any,
-    lengths: torch.Tensor,
-    slots: torch.Tensor,
-    batches: int,
-    longest: int,
-    tokens: int,
-    scaling: float,
-) -> None:
-    shrink(inputs, weights, output, _each_token(slots, lengths), scaling)
-
-
-def _expand_prefill(
-    inputs: torch.Tensor,
-    weights: torch.Tensor,
-    output: torch.Tensor,
-    starts: Any,
-    lengths: torch.Tensor,
-    slots: torch.Tensor,
-    batches: int,
-    longest: int,
-    tokens: int,
-    add_inputs: bool = False,
-) -> None:
-    expand(inputs, weights, output, _each_token(slots, lengths), add_inputs)
-
-
-def _expand_slice_prefill(
-    inputs: torch.Tensor,
-    weights: torch.Tensor,
-    output: torch.Tensor,
-    starts: Any,
-    lengths: torch.Tensor,
-    slots: torch.Tensor,
-    batches: int,
-    longest: int,
-    tokens: int,
-    slice_offset: int,
-    slice_size: int,
-    add_inputs: bool = False,
-) -> None:
-    expand_slice(inputs, weights, output, _each_token(slots, lengths), slice_offset, slice_size, add_inputs)
-
-
 OPERATIONS: dict[str, Callable[..., None]] = {
     "bgmv_shrink": shrink,
     "bgmv_expand": expand,
     "bgmv_expand_slice": expand_slice,
-    "sgmv_shrink": _shrink_prefill,
-    "sgmv_expand": _expand_prefill,
-    "sgmv_expand_slice": _expand_slice_prefill,
 }
-"""vLLM's names for them; `sgmv` is for prefill, where a slot is told once a sequence."""
+"""vLLM's names for them."""

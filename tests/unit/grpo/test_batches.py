@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from noria.methods.grpo import PromptSource
 from noria.records import Json
 from noria.sampling.records import Drawing, Group, Sample
 from tests.unit.grpo.material import settings
+from tests.unit.grpo.scripted import ScriptedSampler
 from train.data.sources import ImageLoader
 from train.methods.grpo.groups import Answer, Prompt, advantages
 from train.methods.grpo.groups import Group as Scored
@@ -27,7 +28,7 @@ from train.rewards import combine
 IMAGE_ID = 99
 
 
-class Written:
+class Written(ScriptedSampler):
     """A sampler that says what a prompt's own text tells: `1 2 3` are its answers; `refused`, and `long 1 2`, happen.
 
     `<1` is an answer with a picture's token, `1-` one that was cut.
@@ -37,27 +38,8 @@ class Written:
         self.rounds: list[int] = []
         self.version_of: dict[str, str] = {}
 
-    def version(self) -> str:
-        """Always the same."""
-        return "v1"
-
-    def put_adapter(self, name: str, folder: Path, version: str) -> None:
-        """Not used."""
-        raise AssertionError
-
-    def delete_adapter(self, name: str) -> None:
-        """Not used."""
-
-    def sample(
-        self,
-        prompts: Iterable[Sequence[Json]],
-        drawing: Drawing,
-        *,
-        adapter: str | None = None,
-        version: str | None = None,
-    ) -> Iterator[Group]:
+    def groups(self, asked: list[Sequence[Json]], drawing: Drawing, adapter: str | None) -> Iterator[Group]:
         """A group a prompt."""
-        asked = list(prompts)
         self.rounds.append(len(asked))
         for place, messages in enumerate(asked):
             text = str(messages[0]["content"])

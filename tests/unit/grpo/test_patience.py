@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from noria.errors import TrainingError, Unavailable
 from noria.records import Json
 from noria.sampling.records import Drawing, Group
+from tests.unit.grpo.scripted import ScriptedSampler
 from train.methods.grpo.sampling import patience as waiting
 from train.methods.grpo.sampling.patience import TRIES, Patience
 
 
-class Failing:
+class Failing(ScriptedSampler):
     """A sampler that fails at `poison`, and at every prompt in the next `down` calls."""
 
     def __init__(self, *poison: str) -> None:
@@ -22,28 +22,11 @@ class Failing:
         self.down = 0
         self.asked: list[str] = []
 
-    def version(self) -> str:
-        """Always the same."""
-        return "v1"
-
-    def put_adapter(self, name: str, folder: Path, version: str) -> None:
-        """Not used."""
-
-    def delete_adapter(self, name: str) -> None:
-        """Not used."""
-
-    def sample(
-        self,
-        prompts: Iterable[Sequence[Json]],
-        drawing: Drawing,
-        *,
-        adapter: str | None = None,
-        version: str | None = None,
-    ) -> Iterator[Group]:
+    def groups(self, asked: list[Sequence[Json]], drawing: Drawing, adapter: str | None) -> Iterator[Group]:
         """Answers whom it can, and fails then."""
         failed = False
         self.down -= 1
-        for place, messages in enumerate(prompts):
+        for place, messages in enumerate(asked):
             text = str(messages[0]["content"])
             self.asked.append(f"{text} x {drawing.n}")
             if self.down >= 0 or text in self.poison:

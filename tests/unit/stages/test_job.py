@@ -190,7 +190,7 @@ def test_what_a_killed_trainer_holds_is_waited_for(trainer: Trainer, capsys: pyt
     assert trainer.store.claim_job("trainer-killed", 3.0) is not None
     job = taken_up(trainer, None, "none")
     assert (job.id, job.owner, job.attempt) == (left.id, trainer.owner, 2)
-    assert f"holds job {left.id} for" in capsys.readouterr().err
+    assert f"job {left.id} belongs to another trainer for" in capsys.readouterr().err
 
 
 def test_what_a_trainer_that_lives_holds_is_not_waited_for(trainer: Trainer) -> None:

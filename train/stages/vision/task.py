@@ -6,6 +6,7 @@ Must not import `serve`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,13 +28,11 @@ _SEEN = 0.25  # the least share of a box that the tower must see for it to count
 _UNKNOWN = -100
 
 
-class LabelledTask:
+class LabelledTask(ABC):
     """What stages over pictures with labels share: their batches, of which an item is a picture.
 
-    A kind of stage adds `model`, which tells what a batch costs, and a report.
+    A kind of stage adds the model, which tells what a batch costs, and a report.
     """
-
-    model: nn.Module
 
     def __init__(
         self,
@@ -47,8 +46,18 @@ class LabelledTask:
         self._load_image = load_image
         self._applied = applied
         self._views = Views(applied.model, applied.architecture, processor)
+        self._stage = stage
         self.vocabulary = vocabulary(samples)
         self.plan: Plan = plan(stage, range(len(samples)))
+        self.model = self._model(processor)
+
+    @abstractmethod
+    def _model(self, processor: Any) -> nn.Module:
+        """What is called with pixels and truth, and gives the loss summed over pictures, and figures."""
+
+    @abstractmethod
+    def report(self) -> Json:
+        """What the stage was about, for its manifest."""
 
     def groups(self, model: Any) -> list[dict[str, Any]]:
         """The groups of the applied policies."""
@@ -75,22 +84,14 @@ class LabelledTask:
 class VisionTask(LabelledTask):
     """The tower under heads. `model` holds both, so that one optimiser and one checkpoint do."""
 
-    def __init__(
-        self,
-        applied: Applied,
-        processor: Any,
-        samples: Sequence[VisionSample],
-        load_image: LoadImage,
-        stage: RecipeStage,
-    ) -> None:
-        super().__init__(applied, processor, samples, load_image, stage)
-        self.model = TowerWithHeads(applied.model, self._views, Heads(self._views.width, self.vocabulary))
-        self._head_rate = stage.head_learning_rate or HEAD_RATE
+    def _model(self, processor: Any) -> nn.Module:
+        return TowerWithHeads(self._applied.model, self._views, Heads(self._views.width, self.vocabulary))
 
     def groups(self, model: Any) -> list[dict[str, Any]]:
         """The tower's groups, and one of the heads."""
         heads = [p for name, p in model.named_parameters() if ".heads." in f".{name}"]
-        return [*super().groups(model), {"params": heads, "lr": self._head_rate, "weight_decay": 0.0}]
+        rate = self._stage.head_learning_rate or HEAD_RATE
+        return [*super().groups(model), {"params": heads, "lr": rate, "weight_decay": 0.0}]
 
     def report(self) -> Json:
         """What the heads told apart."""

@@ -22,9 +22,7 @@ from torch.nn import functional
 
 from noria.errors import TrainingError, UnsupportedModel
 from noria.modules import Architecture
-from noria.recipes import RecipeStage
 from noria.records import Json
-from train.data.samples import LoadImage, VisionSample
 from train.methods.policies import Applied
 from train.stages.vision.heads import assign, dense_patches
 from train.stages.vision.task import LabelledTask
@@ -38,22 +36,14 @@ _NOTHING_WEIGHT = 0.15  # most patches show nothing; what they say matters less
 class WordsTask(LabelledTask):
     """The aligner over a frozen tower, against words."""
 
-    def __init__(
-        self,
-        applied: Applied,
-        processor: Any,
-        samples: Sequence[VisionSample],
-        load_image: LoadImage,
-        stage: RecipeStage,
-    ) -> None:
-        super().__init__(applied, processor, samples, load_image, stage)
+    def _model(self, processor: Any) -> nn.Module:
         words = self.vocabulary.words
         if not words:
             raise TrainingError(
-                f"stage {stage.name!r}: no box says a word; it needs objects in its rows", code="no_data"
+                f"stage {self._stage.name!r}: no box says a word; it needs objects in its rows", code="no_data"
             )
         tokenizer = getattr(processor, "tokenizer", processor)
-        self.model = AlignerAgainstWords(applied, self._views, *embeddings(applied.model, tokenizer, words))
+        return AlignerAgainstWords(self._applied, self._views, *embeddings(self._applied.model, tokenizer, words))
 
     def report(self) -> Json:
         """Which words were taught."""

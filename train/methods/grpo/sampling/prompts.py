@@ -57,7 +57,7 @@ class SourcePrompts:
 
     def report(self) -> Json:
         """For a job's record."""
-        bad = [f"{row.file}:{row.line}: {row.reason}" for row in self.bad[:BAD_ROWS]]
+        bad = [str(row) for row in self.bad[:BAD_ROWS]]
         told = {"source": self.source.source, "weight": self.source.weight, "prompts": len(self.prompts)}
         return {**told, "bad_rows": len(self.bad), "bad": bad, "sha256": self.sha256}
 
@@ -68,7 +68,7 @@ def read_prompts(sources: Sequence[PromptSource], captured: Captured) -> tuple[S
     for one in found:
         if not one.prompts:
             why = ", nothing that may train was captured" if one.source.source == CAPTURED else ""
-            why = f": {one.bad[0].file}:{one.bad[0].line}: {one.bad[0].reason}" if one.bad else why
+            why = f": {one.bad[0]}" if one.bad else why
             raise TrainingError(f"prompts of {one.source.source!r}: there is none{why}", code="no_data")
     return found
 
