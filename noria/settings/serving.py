@@ -1,0 +1,79 @@
+"""What serves: where it listens, what vLLM is started with, what is sampled beside it, how versions go live.
+
+Comes in: a tree. Goes out: frozen sections. Must not import torch, vllm or fastapi.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, SecretStr
+
+from noria.module_settings import Section
+
+
+class ServerSettings(Section):
+    """Where the server listens."""
+
+    host: str = "127.0.0.1"
+    """Address both wires bind to."""
+    http_port: int = Field(8000, ge=0, le=65535)
+    """HTTP port; 0 takes a free one."""
+    grpc_port: int = Field(50051, ge=0, le=65535)
+    """gRPC port; 0 takes a free one."""
+    served_model_name: str = "noria"
+    """The model name that clients send."""
+    shutdown_s: float = Field(20.0, ge=0)
+    """How long a stopping server lets running requests finish, in seconds."""
+    api_key: SecretStr | None = None
+    """A bearer key that every HTTP and gRPC call must carry; none asks for none."""
+
+
+class EngineSettings(Section):
+    """What vLLM is started with."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Activation type; `auto` is bfloat16 on a CPU and the checkpoint's own on a GPU."""
+    max_model_len: int | None = Field(None, ge=64)
+    """Longest prompt plus answer, in tokens; none takes the checkpoint's, at most 4096."""
+    max_num_seqs: int | None = Field(None, ge=1)
+    """Sequences that run at once; none is 16 on a CPU and vLLM's own on a GPU."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """KV cache on a CPU, in GiB. On a GPU `gpu_memory_utilization` rules."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes."""
+    enforce_eager: bool | None = None
+    """Skip CUDA graphs and compilation; none is true on a CPU and false on a GPU."""
+    threads: int | None = Field(None, ge=1)
+    """OpenMP threads of the engine on a CPU; none takes every core."""
+    int8_activations: bool = False
+    """Let a CPU with AMX round activations to 8 bits: quicker for one client, but not what was verified. Raise
+    train.verify.probe_tolerance to 0.5 with it."""
+    fast_start: bool = True
+    """Start the engine from a fork server that has vLLM preloaded, its worker inside the engine process."""
+    policy_adapters: int = Field(0, ge=0)
+    """LoRAs that a trainer may have loaded beside the live version, to sample from; 0 is none. The base then answers
+    users at some 0.8 of its speed, loaded or not."""
+    policy_rank: Literal[8, 16, 32, 64, 128, 256] = 16
+    """Highest rank of such a LoRA."""
+    args: tuple[str, ...] = ()
+    """More of vLLM's own command-line arguments, as they are: `["--enable-lora"]`."""
+
+
+class SamplingSettings(Section):
+    """Sampling for trainers and operators, beside the users' traffic and below it."""
+
+    sequences: int | None = Field(None, ge=1)
+    """Samples in the engine at once while no user's request is; none is every sequence that the engine runs."""
+    beside_users: int | None = Field(None, ge=0)
+    """The same while users' requests are inside; the others are set back and go on later. None is 1 on a CPU and a
+    quarter of the sequences on a GPU; with 0 sampling stands still for as long as anybody is answered."""
+
+
+class ReleaseSettings(Section):
+    """How a new version goes live."""
+
+    drain_s: float = Field(60.0, gt=0)
+    """Longest wait for running requests before a swap; past it the rollout fails and traffic goes on."""
+    poll_s: float = Field(0.5, gt=0)
+    """How often the server looks for a rollout, in seconds."""
