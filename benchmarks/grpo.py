@@ -82,6 +82,7 @@ def job(asked: argparse.Namespace, kind: str, *, shuffled: bool) -> Json:
             "group_size": asked.group,
             "max_tokens": asked.tokens,
             "beta": asked.beta,
+            "temperature": asked.temperature,
             "precision": asked.precision,
         },
     }
@@ -140,6 +141,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=16, help="longest answer, in tokens (default 16)")
     parser.add_argument("--rate", type=float, default=2e-4, help="the LoRA's learning rate (default 2e-4)")
     parser.add_argument("--beta", type=float, default=0.01, help="weight of the KL to v1 (default 0.01)")
+    parser.add_argument("--temperature", type=float, default=2.0, help="of the samples (default 2)")
     parser.add_argument("--base", choices=("master", "gptq"), default="master", help="what the LoRA learns on")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--no-control", action="store_true", help="without the arm of shuffled rewards")
