@@ -74,19 +74,17 @@ def expand_slice(
     if not add_inputs:
         part_TO.zero_()
     for slot, rows in _by_slot(slots_T):
-        added = inputs_TR[rows].float() @ _matrix(weights, slot).float().t()
-        part_TO[rows] = _rounded(part_TO[rows].float() + added, part_TO.dtype)
+        sums = part_TO[rows].float().addmm_(inputs_TR[rows].float(), _matrix(weights, slot).float().t())
+        part_TO[rows] = (_rounded(sums) if part_TO.dtype == torch.bfloat16 else sums).to(part_TO.dtype)
 
 
-def _rounded(sums_TO: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In that type; to bfloat16 up or down by the column's threshold, so that small parts arrive on average.
+def _rounded(sums_TO: torch.Tensor) -> torch.Tensor:
+    """In place, to a bfloat16 above or below by the column's threshold, so that small parts arrive on average.
 
     A float32 is a bfloat16 and 16 bits more. What is one already stays itself.
     """
-    if dtype != torch.bfloat16:
-        return sums_TO.to(dtype)
-    bits = (sums_TO.view(torch.int32) + _thresholds(sums_TO.shape[-1])) & ~_REST
-    return bits.view(torch.float32).to(dtype)
+    sums_TO.view(torch.int32).add_(_thresholds(sums_TO.shape[-1])).bitwise_and_(~_REST)
+    return sums_TO
 
 
 @lru_cache
