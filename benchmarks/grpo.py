@@ -82,7 +82,7 @@ def job(asked: argparse.Namespace, kind: str, *, shuffled: bool) -> Json:
             "group_size": asked.group,
             "max_tokens": asked.tokens,
             "beta": asked.beta,
-            "precision": asked.precision,
+            "temperature": asked.temperature,
         },
     }
 
@@ -134,14 +134,14 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("benchmark-grpo"), help="where picture and JSON go")
     parser.add_argument("--kind", choices=DRAWN_KINDS, help="the kind of questions; default: v1's weakest")
     parser.add_argument("--each", type=int, default=200, help="held-out questions of a kind (default 200)")
-    parser.add_argument("--steps", type=int, default=60, help="updates (default 60)")
+    parser.add_argument("--steps", type=int, default=40, help="updates (default 40)")
     parser.add_argument("--prompts", type=int, default=8, help="prompts in an update (default 8)")
-    parser.add_argument("--group", type=int, default=8, help="answers to a prompt (default 8)")
-    parser.add_argument("--tokens", type=int, default=16, help="longest answer, in tokens (default 16)")
+    parser.add_argument("--group", type=int, default=16, help="answers to a prompt (default 16)")
+    parser.add_argument("--tokens", type=int, default=8, help="longest answer, in tokens (default 8)")
     parser.add_argument("--rate", type=float, default=2e-4, help="the LoRA's learning rate (default 2e-4)")
-    parser.add_argument("--beta", type=float, default=0.01, help="weight of the KL to v1 (default 0.01)")
-    parser.add_argument("--base", choices=("master", "gptq"), default="master", help="what the LoRA learns on")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--beta", type=float, default=0.005, help="weight of the KL to v1 (default 0.005)")
+    parser.add_argument("--temperature", type=float, default=1.4, help="of the samples (default 1.4)")
+    parser.add_argument("--base", choices=("master", "gptq"), default="gptq", help="what the LoRA learns on")
     parser.add_argument("--no-control", action="store_true", help="without the arm of shuffled rewards")
     return parser
 

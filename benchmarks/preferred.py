@@ -84,6 +84,7 @@ def run_arm(home: Path, log: Path, first: list[Answered], method: str, settings:
 def grpo_settings(asked: argparse.Namespace) -> Json:
     """Captured questions under a reward that this job learns from the pairs."""
     return {
+        "base": asked.base,
         "modules": {"language_model": {"rank": 16, "alpha": 32, "learning_rate": asked.rate}},
         "reward": {"rewards": [{"name": "preferences", "state": asked.state}]},
         "grpo": {
@@ -93,7 +94,6 @@ def grpo_settings(asked: argparse.Namespace) -> Json:
             "group_size": 8,
             "max_tokens": 64,
             "beta": asked.beta,
-            "precision": asked.precision,
         },
     }
 
@@ -129,13 +129,13 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--home", type=Path, help="a home whose live version is trained; default: the embedded model")
     parser.add_argument("--out", type=Path, default=Path("benchmark-preferred"), help="where picture and JSON go")
     parser.add_argument("--pairs", type=int, default=200, help="preferences to record (default 200)")
-    parser.add_argument("--steps", type=int, default=40, help="GRPO's updates (default 40)")
+    parser.add_argument("--steps", type=int, default=25, help="GRPO's updates (default 25)")
     parser.add_argument("--rate", type=float, default=1e-4, help="GRPO's learning rate (default 1e-4)")
     parser.add_argument("--beta", type=float, default=0.04, help="weight of GRPO's KL to v1 (default 0.04)")
     parser.add_argument(
         "--state", choices=("last", "mean", "both"), default="last", help="what the reward's head reads"
     )
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="GRPO's")
+    parser.add_argument("--base", choices=("master", "gptq"), default="gptq", help="what GRPO's LoRA learns on")
     return parser
 
 

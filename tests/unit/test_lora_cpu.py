@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,28 @@ def test_each_token_gets_what_its_adapter_says(slots: list[int]) -> None:
         assert torch.equal(output[row, :OUTPUTS], base[row, :OUTPUTS])
         if slot < 0:
             assert torch.equal(output[row], base[row]), "a user's token is as it was, to the bit"
+
+
+def arrives(operations: dict[str, Any], strength: float) -> float:
+    """Which share of a part so much smaller than the output is in the sum: 1 where all of it arrives, on average."""
+    base, buffer = drawn(64, 8192), drawn(64, RANK).float()
+    weights = strength / RANK**0.5 * drawn(SLOTS, 1, 8192, RANK)
+    output, wanted = base.clone(), buffer @ weights[0, 0].float().t()
+    operations["bgmv_expand"](buffer, weights, output, torch.zeros(64, dtype=torch.long))
+    added = output.double() - base.double()
+    return float((added * wanted).sum() / wanted.double().square().sum())
+
+
+@pytest.mark.parametrize(("strength", "vllms_own"), [(1e-2, 1.0), (1e-3, 0.5), (1e-4, 0.05)])
+def test_a_part_below_the_outputs_own_rounding_arrives(strength: float, vllms_own: float) -> None:
+    assert arrives(OPERATIONS, strength) == pytest.approx(1.0, abs=0.1)
+    assert arrives(vars(lora_ops), strength) == pytest.approx(vllms_own, abs=0.1)
+
+
+def test_a_policy_that_is_still_zero_changes_no_bit() -> None:
+    output, base = drawn(TOKENS, OUTPUTS), drawn(TOKENS, OUTPUTS)
+    expand_slice(torch.zeros(TOKENS, RANK), drawn(SLOTS, 1, OUTPUTS, RANK), output, torch.tensor(MIXED), 0, OUTPUTS)
+    assert torch.equal(output, base)
 
 
 def test_one_adapters_batch_is_vllms_own() -> None:
