@@ -19,7 +19,7 @@ from noria.registry import Registry
 from noria.settings import Settings
 from noria.store import Store
 from serve.access.audit import Audit
-from serve.access.start import access_over
+from serve.access.start import access_over, said_of_keys
 from serve.doors import Doors, bind_http
 from serve.engine.launch import build_application, engine_flags, parse_flags
 from serve.engine.versions import ServingVersion, VersionGate
@@ -58,6 +58,8 @@ async def run_aside(settings: Settings, version: str | None = None) -> int:
         stack.enter_context(_told(settings, {"url": url, "pid": os.getpid(), "version": gate.current.id}))
         await stack.enter_async_context(background(watch(engine, gate, stop), "watch"))
         print(f"noria: serving {gate.current.id} aside on {url}", flush=True)
+        if note := said_of_keys(access, settings.server):
+            print(f"noria: {note}", flush=True)
         await stop.asked.wait()
     return stop.code
 

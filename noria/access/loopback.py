@@ -15,7 +15,7 @@ from noria.settings import ServerSettings
 
 def require_keys_beyond_loopback(server: ServerSettings, has_keys: bool) -> None:
     """Raises SettingsError where a server without keys would listen to other machines and nobody said `insecure`."""
-    if has_keys or server.api_key is not None or server.insecure or is_loopback(server.host):
+    if has_keys or server.api_key or server.insecure or is_loopback(server.host):
         return
     raise SettingsError(
         f"server.host={server.host!r} is reachable from other machines and no key is configured: whoever reaches the "

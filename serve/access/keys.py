@@ -67,9 +67,9 @@ class Access:
     ) -> None:
         self._store, self._clock, self._refresh_s = store, clock, refresh_s
         fixed = ((settings.api_key, SETTINGS), (settings.trainer_key, OUR_TRAINER))
-        self._fixed = [(_hash(secret), caller) for secret, caller in fixed if secret is not None]
+        self._fixed = [(_hash(secret), caller) for secret, caller in fixed if secret]
         self._keys: dict[str, ApiKey] = {}
-        self.keyed = settings.api_key is not None
+        self.keyed = bool(settings.api_key)
         self._looked_at = float("-inf")
         self._look: asyncio.Task[None] | None = None
         self._look_began = 0.0

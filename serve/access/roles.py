@@ -8,7 +8,9 @@ Must not import vllm, fastapi or grpc.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from noria.access.keys import ROLES, Role
 
@@ -34,10 +36,6 @@ class Row:
     methods: str
     path: str
     roles: Roles
-
-    def takes(self, method: str, path: str) -> bool:
-        """Whether a call is this route's."""
-        return method in self.methods.split() and _pattern(self.path).fullmatch(path) is not None
 
 
 _INFERENCE = (
@@ -87,9 +85,13 @@ GRPC: dict[str, Roles] = {
 
 
 def http_roles(method: str, path: str) -> Roles:
-    """Who may call it; a HEAD is its GET. Where a path fits several rows (an id may be called `batch`), the first."""
+    """Who may call it; a HEAD is its GET. Where a path fits several rows (an id may be called `batch`), the exact."""
     method = "GET" if method == "HEAD" else method
-    return next((row.roles for row in HTTP if row.takes(method, path)), OPERATOR)
+    exact, patterns = _tables()
+    found = exact.get((method, path))
+    if found is not None:
+        return found
+    return next((roles for methods, pattern, roles in patterns if method in methods and pattern(path)), OPERATOR)
 
 
 def grpc_roles(method: str) -> Roles:
@@ -97,5 +99,20 @@ def grpc_roles(method: str) -> Roles:
     return GRPC.get(method, OPERATOR)
 
 
-def _pattern(path: str) -> re.Pattern[str]:
-    return re.compile(re.escape(path).replace(re.escape("{}"), "[^/]+"))
+Exact = dict[tuple[str, str], Roles]
+Patterns = list[tuple[list[str], Callable[[str], object], Roles]]
+
+
+@cache
+def _tables() -> tuple[Exact, Patterns]:
+    """The rows for a quick look: those with a path of their own, and the others in order."""
+    exact: Exact = {}
+    patterns: Patterns = []
+    for row in HTTP:
+        methods = row.methods.split()
+        if "{}" in row.path:
+            fits = re.compile(re.escape(row.path).replace(re.escape("{}"), "[^/]+")).fullmatch
+            patterns.append((methods, fits, row.roles))
+        else:
+            exact |= {(method, row.path): row.roles for method in methods}
+    return exact, patterns
