@@ -13,33 +13,22 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from noria.access.audit import OK, AuditEvent, Noted, new_event, result_of
 from noria.errors import NoriaError
 from noria.records import Json
+from noria.store import Store
 from serve.access.caller import current_caller, current_wire
 from serve.api.schemas import AuditPage, listing, parse
 
 log = logging.getLogger("noria.audit")
 
 
-class AuditLog(Protocol):
-    """What is needed of the store."""
-
-    def add_audit_event(self, event: AuditEvent) -> None:
-        """Keeps one."""
-        ...
-
-    def list_audit_events(self, **asked: Any) -> list[AuditEvent]:
-        """A page."""
-        ...
-
-
 class Audit:
     """The server's audit log. `written` and `lost` count lines."""
 
-    def __init__(self, store: AuditLog) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
         self.written = 0
         self.lost = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
     home = tmp_path_factory.mktemp("keyed") / "home"
     home.mkdir()
     with Store.open(Settings(home=home).store_url) as store:
-        keys = {role: store.create_key(role, [role])[1] for role in ROLES}
+        keys: dict[str, str] = {role: store.create_key(role, [role])[1] for role in ROLES}
         keys["all"] = store.create_key("all", list(ROLES))[1]
         fake = FakeSystem(home)
         fake.start()
@@ -93,11 +94,11 @@ def refusal(call: Callable[[], Any]) -> Refused:
     return caught.value
 
 
-def waited(call: Callable[[], bool]) -> bool:
+def waited(call: Callable[..., bool], *arguments: Any) -> bool:
     """Whether it comes true within some seconds."""
     until = time.monotonic() + 20
     while time.monotonic() < until:
-        if call():
+        if call(*arguments):
             return True
         time.sleep(0.02)
     return False
@@ -110,6 +111,10 @@ def lets_in(door: Door) -> bool:
         assert error.status == "UNAUTHENTICATED"
         return False
     return True
+
+
+def keeps_out(door: Door) -> bool:
+    return not lets_in(door)
 
 
 def calls(door: Door, completion: str) -> dict[str, Callable[[], Any]]:
@@ -175,9 +180,9 @@ def test_a_trainer_key_samples_and_another_does_not(keyed: Keyed, tmp_path: Path
             place = place_at(address, api_key=key)
             for ask in (
                 place.list_adapters,
-                lambda place=place: place.sample(WORDS),
-                lambda place=place: place.put_adapter("step-2", "v1", 60.0, adapter),  # a stream of messages
-                lambda place=place: place.delete_adapter("step-1"),
+                partial(place.sample, WORDS),
+                partial(place.put_adapter, "step-2", "v1", 60.0, adapter),  # a stream of messages
+                partial(place.delete_adapter, "step-1"),
             ):
                 with pytest.raises(error):
                     ask()
@@ -187,13 +192,13 @@ def test_a_key_ends_when_it_expires_or_is_revoked(keyed: Keyed) -> None:
     _, short = keyed.store.create_key("short", ["operator"], expires_at=time.time() + 1.0)
     _, long = keyed.store.create_key("long", ["operator"])
     for door in keyed.doors(long):
-        assert waited(lambda door=door: lets_in(door))  # a server that runs sees new keys
+        assert waited(lets_in, door)  # a server that runs sees new keys
     for door in keyed.doors(short):
-        assert waited(lambda door=door: not lets_in(door))
+        assert waited(keeps_out, door)
         assert refusal(door.status).code == "key_expired"
     keyed.store.revoke_key("long")
     for door in keyed.doors(long):
-        assert waited(lambda door=door: not lets_in(door))
+        assert waited(keeps_out, door)
         assert refusal(door.status).code == "key_revoked"
 
 
@@ -201,12 +206,12 @@ def test_a_rotated_key_is_taken_with_both_secrets_for_the_overlap(keyed: Keyed) 
     made, old = keyed.store.create_key("turned", ["operator"])
     _, new = keyed.store.rotate_key("turned", 3600.0)
     for door in [*keyed.doors(new), *keyed.doors(old)]:
-        assert waited(lambda door=door: lets_in(door))
+        assert waited(lets_in, door)
     _, newest = keyed.store.rotate_key("turned")
     for door in keyed.doors(newest):
-        assert waited(lambda door=door: lets_in(door))
+        assert waited(lets_in, door)
     for door in [*keyed.doors(new), *keyed.doors(old)]:
-        assert waited(lambda door=door: not lets_in(door))
+        assert waited(keeps_out, door)
     assert waited(lambda: keyed.store.get_key(made.id).last_used_at is not None)
 
 
@@ -270,14 +275,14 @@ def test_what_operators_do_is_written_down(keyed: Keyed, name: str) -> None:
 def test_the_audit_log_is_the_same_through_both_doors(keyed: Keyed) -> None:
     http, rpc = keyed.doors(keyed.keys["operator"])
     for door in (http, rpc):
-        refusal(lambda door=door: door.cancel("job_none"))
+        refusal(partial(door.cancel, "job_none"))
     query = {"limit": 1, "action": "cancel_job", "key_id": keyed.store.get_key("operator").id}
     one, other = http.audit(**query), rpc.audit(**query)
     assert one["object"] == "list" and one["has_more"] and one["data"][0]["wire"] == "grpc"
     assert plain(other) == plain({key: value for key, value in one.items() if key != "object"})
     nexts = [door.audit(after=one["last_id"], **query) for door in (http, rpc)]
     assert [page["data"][0]["wire"] for page in nexts] == ["http", "http"]
-    said = [refusal(lambda door=door: door.audit(after="audit_none")) for door in (http, rpc)]
+    said = [refusal(partial(door.audit, after="audit_none")) for door in (http, rpc)]
     assert said[0] == said[1] and said[0].status == "NOT_FOUND"
     with NoriaClient(keyed.url, api_key=keyed.keys["operator"]) as client:
         assert [row["id"] for row in client.audit_events(limit=1, action="cancel_job")] == [one["data"][0]["id"]]
@@ -289,7 +294,7 @@ def test_a_store_without_its_keys_shuts_both_doors(keyed: Keyed) -> None:
         conn.execute(sql("ALTER TABLE api_keys RENAME TO elsewhere"))
     try:
         for door in doors:
-            assert waited(lambda door=door: _status_of(door) == "UNAVAILABLE")
+            assert waited(_answers, door, "UNAVAILABLE")
             assert refusal(door.status).code == "keys_unavailable"
         anonymous = keyed.door("http", None).client.get("/noria/v1/status")
         assert (anonymous.status_code, anonymous.json()["error"]["code"]) == (503, "keys_unavailable")
@@ -297,15 +302,15 @@ def test_a_store_without_its_keys_shuts_both_doors(keyed: Keyed) -> None:
         with keyed.store._db.write() as conn:
             conn.execute(sql("ALTER TABLE elsewhere RENAME TO api_keys"))
     for door in doors:
-        assert waited(lambda door=door: _status_of(door) == "OK")
+        assert waited(_answers, door, "OK")
 
 
-def _status_of(door: Door) -> str:
+def _answers(door: Door, status: str) -> bool:
     try:
         door.status()
     except Refused as error:
-        return error.status
-    return "OK"
+        return error.status == status
+    return status == "OK"
 
 
 def test_any_key_may_look_at_the_protos(keyed: Keyed) -> None:
@@ -324,13 +329,16 @@ def test_the_first_key_shuts_a_server_that_runs(tmp_path: Path) -> None:
     fake = FakeSystem(tmp_path / "home")
     fake.start()
     try:
-        doors = [HttpDoor(f"http://127.0.0.1:{fake.http_port}", "demo"), GrpcDoor(f"127.0.0.1:{fake.grpc_port}")]
+        doors: list[Door] = [
+            HttpDoor(f"http://127.0.0.1:{fake.http_port}", "demo"),
+            GrpcDoor(f"127.0.0.1:{fake.grpc_port}"),
+        ]
         assert [lets_in(door) for door in doors] == [True, True]
         with Store.open(Settings(home=tmp_path / "home").store_url) as store:
             store.create_key("first", ["operator"])
             store.revoke_key("first")
             for door in doors:
-                assert waited(lambda door=door: not lets_in(door))
+                assert waited(keeps_out, door)
             assert store.list_audit_events() == []
     finally:
         fake.stop()
