@@ -1,10 +1,10 @@
-"""Who is calling: the keys that the server knows, held in memory and looked up anew every second.
+"""Who is calling: the keys that the server knows, held in memory and looked up anew each second.
 
 Comes in: the store, the settings, an `Authorization` header. Goes out: a `Caller`, or the error to refuse with.
 Must not import vllm, fastapi or grpc.
 
-Fails closed: once a key is known to exist, none passes unless the store said within the last second what the keys are.
-A server that never had a key answers as before when its store is away: there is nothing to be found out.
+Fails closed: once a key is known to exist, none passes unless the store said within the last two seconds what the keys
+are. A server that never had a key answers as before when its store is away: there is nothing to be found out.
 """
 
 from __future__ import annotations
@@ -138,12 +138,18 @@ class Access:
         return key if is_current or (is_previous and overlapping) else None
 
     async def _fresh(self) -> Unavailable | None:
-        """Makes sure that the keys are of this second; the error where that cannot be, and matters."""
-        if time.monotonic() - self._looked_at < self._refresh_s:
+        """Makes sure that the keys are new enough; the error where that cannot be, and matters.
+
+        From `refresh_s` on they are looked up beside the traffic; only calls after twice that wait for it.
+        """
+        age_s = time.monotonic() - self._looked_at
+        if age_s < self._refresh_s:
             return None
         if self._look is None or self._look.done():
             self._look, self._look_began = asyncio.create_task(self._look_up()), time.monotonic()
             self._look.add_done_callback(_told)
+        if age_s < 2 * self._refresh_s:
+            return None
         left_s = PATIENCE_S - (time.monotonic() - self._look_began)  # of a store that hangs only the first must wait
         try:
             await asyncio.wait_for(asyncio.shield(self._look), max(0.0, left_s))

@@ -24,7 +24,7 @@ Roles = Annotated[
 
 @group.callback()
 def keys() -> None:
-    """API keys: made, listed, rotated, revoked. A server that runs follows within a second."""
+    """API keys: made, listed, rotated, revoked. A server that runs follows within two seconds."""
 
 
 @group.command(epilog="Example: noria keys create shop --role client --expires-days 90")
