@@ -167,6 +167,10 @@ class NoriaClient:
         """Deletes one feedback."""
         return self._call("DELETE", f"/noria/v1/feedback/{feedback_id}")
 
+    def audit_events(self, *, limit: int = 20, key_id: str | None = None, action: str | None = None) -> list[Json]:
+        """The newest lines of the audit log, newest first."""
+        return self._list("/noria/v1/audit", limit, key_id=key_id, action=action)
+
     def forget_end_user(self, user: str) -> Json:
         """Deletes everything that one end user left; returns how much of each."""
         return self._call("DELETE", f"/noria/v1/end_users/{quote(user)}")

@@ -70,9 +70,15 @@ class TrainingError(NoriaError):
 
 
 class Unauthenticated(NoriaError):
-    """The call carries no bearer key, or not the one that the server asks for (`server.api_key`)."""
+    """The call carries no bearer key, or none that the server takes (`noria keys`, `server.api_key`)."""
 
     code = "invalid_api_key"
+
+
+class Forbidden(NoriaError):
+    """The key is right, but it has no role that may do this."""
+
+    code = "forbidden"
 
 
 class Unavailable(NoriaError):
@@ -112,6 +118,7 @@ WIRE: dict[type[NoriaError], Wire] = {
     UnsupportedModel: Wire(422, "unsupported_model_error", "UNIMPLEMENTED", 6),
     TrainingError: Wire(422, "training_error", "FAILED_PRECONDITION", 6),
     Unauthenticated: Wire(401, "authentication_error", "UNAUTHENTICATED", 3),
+    Forbidden: Wire(403, "permission_error", "PERMISSION_DENIED", 3),
     Unavailable: Wire(503, "service_unavailable_error", "UNAVAILABLE", 7),
     LeaseLost: Wire(409, "conflict_error", "ABORTED", 5),
     Superseded: Wire(409, "conflict_error", "ABORTED", 5),

@@ -92,6 +92,7 @@ class Completion:
     ttft_s: float | None = None
     duration_s: float | None = None
     finished: bool = True
+    key_id: str | None = None  # of the key it was asked with
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,12 @@ def parse(argv: list[str]) -> tuple[Settings, str | None, bool]:
     parser.add_argument("--grpc-port", type=int, help="gRPC port, 0 for a free one")
     parser.add_argument("--model", help="version (v3) or base model to make live; default: what is live")
     parser.add_argument(
+        "--insecure",
+        action="store_true",
+        default=None,
+        help="listen beyond this machine without any key: whoever reaches the port may do everything",
+    )
+    parser.add_argument(
         "--aside",
         action="store_true",
         help="answer beside the home's server: nothing is made live, swapped, captured or registered; HTTP only",

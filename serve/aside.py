@@ -18,11 +18,13 @@ from noria.records import Json
 from noria.registry import Registry
 from noria.settings import Settings
 from noria.store import Store
+from serve.access.audit import Audit
+from serve.access.start import access_over, said_of_keys
 from serve.doors import Doors, bind_http
 from serve.engine.launch import build_application, engine_flags, parse_flags
 from serve.engine.versions import ServingVersion, VersionGate
 from serve.live import version_aside
-from serve.process import Stop, answer_error, background, key_of, reachable, running_engine, watch, wrapped
+from serve.process import Stop, answer_error, background, reachable, running_engine, watch, wrapped
 from serve.sampling.http import build_sampling_router
 from serve.sampling.start import sampling_over
 
@@ -36,14 +38,18 @@ async def run_aside(settings: Settings, version: str | None = None) -> int:
     async with AsyncExitStack() as stack:
         sock = bind_http(settings.server)
         stack.callback(sock.close)
-        gate = VersionGate(await asyncio.to_thread(_chosen, settings, version))
+        store = await asyncio.to_thread(Store.open, settings.store_url)
+        stack.callback(store.close)
+        audit = Audit(store)
+        access = await stack.enter_async_context(access_over(store, settings.server, audit))
+        gate = VersionGate(await asyncio.to_thread(_chosen, settings, store, version))
         args = parse_flags(engine_flags(settings, gate.current.path, gate.current.id))
         engine = await stack.enter_async_context(running_engine(args, settings))
         app = await build_application(engine, args, gate, None, settings)
-        sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings))
+        sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings, audit))
         app.add_exception_handler(NoriaError, answer_error)
-        app.include_router(build_sampling_router(sampling, key_of(settings)))
-        doors = Doors(wrapped(app, gate, settings), app.state, sock, None, settings.server.shutdown_s)
+        app.include_router(build_sampling_router(sampling))
+        doors = Doors(wrapped(app, gate, access, audit), app.state, sock, None, settings.server.shutdown_s)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         stack.push_async_callback(sampling.close)
@@ -52,13 +58,14 @@ async def run_aside(settings: Settings, version: str | None = None) -> int:
         stack.enter_context(_told(settings, {"url": url, "pid": os.getpid(), "version": gate.current.id}))
         await stack.enter_async_context(background(watch(engine, gate, stop), "watch"))
         print(f"noria: serving {gate.current.id} aside on {url}", flush=True)
+        if note := said_of_keys(access, settings.server):
+            print(f"noria: {note}", flush=True)
         await stop.asked.wait()
     return stop.code
 
 
-def _chosen(settings: Settings, version: str | None) -> ServingVersion:
-    with Store.open(settings.store_url) as store:
-        return version_aside(Registry(settings.models_dir, store), version)
+def _chosen(settings: Settings, store: Store, version: str | None) -> ServingVersion:
+    return version_aside(Registry(settings.models_dir, store), version)
 
 
 @contextmanager

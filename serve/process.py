@@ -25,6 +25,10 @@ from noria.records import Json, ProcessInfo
 from noria.registry import Registry
 from noria.settings import Settings
 from noria.store import Store
+from serve.access.audit import Audit
+from serve.access.guards.http import AccessMiddleware
+from serve.access.keys import Access
+from serve.access.start import access_over, said_of_keys
 from serve.api.chat import VllmChatBackend
 from serve.api.errors import error_response
 from serve.api.grpc.server import build_server
@@ -35,7 +39,7 @@ from serve.capture.metrics import export_capture
 from serve.capture.queue import CaptureQueue
 from serve.doors import Doors, bind_http
 from serve.engine.launch import build_application, engine_flags, parse_flags, start_engine
-from serve.engine.middleware import KeyMiddleware, TraceMiddleware
+from serve.engine.middleware import TraceMiddleware
 from serve.engine.versions import VersionGate
 from serve.live import choose_version
 from serve.release.releaser import Releaser
@@ -57,22 +61,28 @@ async def run(settings: Settings, model: str | None = None) -> int:
         stack.callback(sock.close)
         store = await asyncio.to_thread(Store.open, settings.store_url)
         stack.callback(store.close)
+        audit = Audit(store)
+        access = await stack.enter_async_context(access_over(store, settings.server, audit))
         registry, blobs = Registry(settings.models_dir, store), Blobs(settings.blobs_url)
         gate = VersionGate(await asyncio.to_thread(choose_version, registry, model))
         capture = await stack.enter_async_context(_capture(store, blobs, settings))
         args = parse_flags(engine_flags(settings, gate.current.path, gate.current.id))
         engine = await stack.enter_async_context(running_engine(args, settings))
         app = await build_application(engine, args, gate, capture, settings)
-        sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings))
-        handlers = Handlers(store=store, registry=registry, blobs=blobs, gate=gate, capture=capture, settings=settings)
+        sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings, audit))
+        handlers = Handlers(
+            store=store, registry=registry, blobs=blobs, gate=gate, capture=capture, settings=settings, audit=audit
+        )
         app.add_exception_handler(NoriaError, answer_error)
-        app.include_router(build_stored_router(store, blobs, capture))
-        app.include_router(build_sampling_router(sampling, handlers.api_key))
+        app.include_router(build_stored_router(store, blobs, capture, audit))
+        app.include_router(build_sampling_router(sampling))
         app.include_router(build_router(handlers))
         server = settings.server
         chat = VllmChatBackend(app.state, gate)
-        grpc_server, grpc_port = await build_server(handlers, chat, sampling, host=server.host, port=server.grpc_port)
-        doors = Doors(wrapped(app, gate, settings), app.state, sock, grpc_server, server.shutdown_s)
+        grpc_server, grpc_port = await build_server(
+            handlers, chat, sampling, access, host=server.host, port=server.grpc_port
+        )
+        doors = Doors(wrapped(app, gate, access, audit), app.state, sock, grpc_server, server.shutdown_s)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         stack.push_async_callback(sampling.close)  # before the doors: a group would hold them open
@@ -88,6 +98,8 @@ async def run(settings: Settings, model: str | None = None) -> int:
         await stack.enter_async_context(background(announcement.keep(), "heartbeat"))
         await stack.enter_async_context(background(watch(engine, gate, stop), "watch"))
         print(f"noria: serving {gate.current.id} on {info['url']} and grpc {info['grpc']}", flush=True)
+        if note := said_of_keys(access, server):
+            print(f"noria: {note}", flush=True)
         await stop.asked.wait()
     return stop.code
 
@@ -222,17 +234,9 @@ def answer_error(_request: Any, error: NoriaError) -> Any:
     return error_response(error)
 
 
-def wrapped(app: Any, gate: VersionGate, settings: Settings) -> Any:
-    """The application behind its traces, and behind the bearer key where the settings have one."""
-    traced: Any = TraceMiddleware(app, gate)
-    key = key_of(settings)
-    return KeyMiddleware(traced, key) if key else traced
-
-
-def key_of(settings: Settings) -> str | None:
-    """The bearer key that callers must show, or None."""
-    key = settings.server.api_key
-    return key.get_secret_value() if key else None
+def wrapped(app: Any, gate: VersionGate, access: Access, audit: Audit) -> Any:
+    """The application behind its traces, and these behind the keys."""
+    return AccessMiddleware(TraceMiddleware(app, gate), access, audit)
 
 
 def reachable(host: str) -> str:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from noria.access.audit import by_os_user
 from noria.errors import Conflict, NoriaError, SettingsError, TrainingError, wire_of
 from noria.recipes import load_recipe
 from noria.records import Job, Json
@@ -96,7 +97,11 @@ def _claim(trainer: Trainer, wanted: Json | None, rollout: str) -> Job:
     if wanted is None:
         return _left(trainer)
     try:
-        return trainer.store.start_job("recipe", wanted, rollout, trainer.owner, trainer.settings.train.lease_s)
+        with by_os_user(trainer.store, "create_job") as noted:
+            lease_s = trainer.settings.train.lease_s
+            job = trainer.store.start_job("recipe", wanted, rollout, trainer.owner, lease_s)
+            noted.target = job.id
+            return job
     except Conflict as error:
         advice = "wait for it, go on with it (`noria train run --resume`) or end it (`noria jobs cancel`)"
         raise Conflict(f"{error.message}: {advice}", code=error.code) from error

@@ -17,6 +17,7 @@ from noria.errors import Conflict, InvalidRequest, TrainingError
 if TYPE_CHECKING:
     from noria.client import NoriaClient
     from noria.records import Json
+    from noria.store import Store
 
 app = typer.Typer()
 group = typer.Typer(invoke_without_command=True, epilog="Example: noria jobs --json")
@@ -84,7 +85,7 @@ def show(ctx: typer.Context, job: JobId, as_json: AsJson = False) -> None:
 @group.command(epilog="Example: noria jobs cancel job_0123456789abcdef01234567")
 def cancel(ctx: typer.Context, job: JobId, as_json: AsJson = False) -> None:
     """Asks a job to stop; a running one stops at its next heartbeat, one whose trainer is dead at once."""
-    found = place(ctx).ask(lambda client: client.cancel_job(job), lambda store: store.request_cancel(job).to_wire())
+    found = place(ctx).ask(lambda client: client.cancel_job(job), lambda store: _cancel_in(store, job))
     if as_json:
         print_json(found)
     else:
@@ -102,6 +103,13 @@ def watch(ctx: typer.Context, job: JobId, as_json: AsJson = False) -> None:
                 said = " ".join(f"{key}={value}" for key, value in event["data"].items())
                 typer.echo(f"{when(event['at'])}  {event['kind'].ljust(8)}  {said}")
         raise_ended(client.job(job))
+
+
+def _cancel_in(store: Store, job: str) -> Json:
+    from noria.access.audit import by_os_user
+
+    with by_os_user(store, "cancel_job", job):
+        return store.request_cancel(job).to_wire()
 
 
 def nested(pairs: list[str]) -> dict[str, Any]:

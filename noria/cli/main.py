@@ -16,6 +16,7 @@ import typer
 
 from noria import __version__
 from noria.cli import config, jobs, models, operate, run, versions
+from noria.cli.access import audit, keys
 from noria.cli.context import Place, say
 from noria.cli.doctor import command as doctor
 from noria.cli.eval import command as eval_
@@ -46,6 +47,8 @@ app.add_typer(prefs.group, name="prefs")
 app.add_typer(eval_.app)
 app.add_typer(sample.app)
 app.add_typer(models.group, name="model")
+app.add_typer(keys.group, name="keys")
+app.add_typer(audit.group, name="audit")
 app.add_typer(config.group, name="config")
 app.add_typer(doctor.app)
 

@@ -18,6 +18,7 @@ app = typer.Typer()
 
 Host = Annotated[str | None, typer.Option(help="Address both wires bind to. Default: server.host.")]
 HttpPort = Annotated[int | None, typer.Option(min=0, max=65535, help="0 takes a free one. Default: server.http_port.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without any key: docs/keys.md.")]
 ASIDE = "Answer beside the home's server, over HTTP: nothing is made live, swapped, captured or registered."
 GrpcPort = Annotated[int | None, typer.Option(min=0, max=65535, help="0 takes a free one. Default: server.grpc_port.")]
 
@@ -30,10 +31,12 @@ def serve(
     grpc_port: GrpcPort = None,
     model: Annotated[str | None, typer.Option(help="A version, or a model's name. Default: the live one.")] = None,
     aside: Annotated[bool, typer.Option("--aside", help=ASIDE)] = False,
+    insecure: Insecure = False,
 ) -> None:
     """Runs the server alone, in this process."""
     flags = flags_of(host=host, http_port=http_port, grpc_port=grpc_port, model=model)
-    become(place(ctx), "serve", [*flags, "--aside"] if aside else flags)
+    words = [word for word, said in (("--aside", aside), ("--insecure", insecure)) if said]
+    become(place(ctx), "serve", [*flags, *words])
 
 
 @app.command(epilog="Example: noria demo --out demo-out")

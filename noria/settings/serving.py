@@ -26,7 +26,12 @@ class ServerSettings(Section):
     shutdown_s: float = Field(20.0, ge=0)
     """How long a stopping server lets running requests finish, in seconds."""
     api_key: SecretStr | None = None
-    """A bearer key that every HTTP and gRPC call must carry; none asks for none."""
+    """A bearer key with every role, beside those of `noria keys`. With neither, no call needs a key."""
+    trainer_key: SecretStr | None = None
+    """A bearer key with the role `trainer` alone. `noria up` draws one for its own trainer at each start; it does not
+    make the server ask others for keys."""
+    insecure: bool = False
+    """Listen on other addresses than this machine's own without any key. Whoever reaches the port is an operator."""
 
 
 class EngineSettings(Section):

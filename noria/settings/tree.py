@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -43,6 +43,8 @@ class Settings(BaseSettings):
     """NORIA_HOME: settings, store, pictures, models and jobs."""
     url: str | None = None
     """NORIA_URL: where commands find the server; none is the home's own, else server.http_port here."""
+    api_key: SecretStr | None = None
+    """NORIA_API_KEY: the key that commands and the trainer show to a server; none is server.api_key."""
     server: ServerSettings = ServerSettings()
     engine: EngineSettings = EngineSettings()
     sampling: SamplingSettings = SamplingSettings()
@@ -70,6 +72,12 @@ class Settings(BaseSettings):
         if not train.reward.rewards:
             raise ValueError(f"{said} contradicts train.reward.rewards, which is empty: name a reward; {advice}")
         return self
+
+    @property
+    def shown_key(self) -> str | None:
+        """The key to show to a server, or None."""
+        key = self.api_key or self.server.api_key
+        return key.get_secret_value() if key else None
 
     @property
     def store_url(self) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from noria.store.access import AuditStore, KeyStore
 from noria.store.completions import CompletionStore
 from noria.store.connection import Database
 from noria.store.evaluations import EvaluationStore
@@ -34,6 +35,8 @@ class Store(
     RolloutStore,
     ProcessStore,
     EvaluationStore,
+    KeyStore,
+    AuditStore,
 ):
     """One open store. Each method is one transaction, durable when it returns.
 

@@ -64,10 +64,11 @@ class CompletionStore(Part):
         metadata: Mapping[str, str] | None = None,
         model: str | None = None,
         end_user: str | None = None,
+        key_id: str | None = None,
     ) -> list[Completion]:
         """A page by time, `after` the completion of that id; `metadata` must match in every given key.
 
-        Raises NotFound where `after` is unknown.
+        With `key_id`, those that were asked with that key. Raises NotFound where `after` is unknown.
         """
         at = (completions.c.created_at, completions.c.id)
         query = select(completions).limit(limit)
@@ -77,6 +78,8 @@ class CompletionStore(Part):
             query = query.where(completions.c.model == model)
         if end_user is not None:
             query = query.where(completions.c.end_user == end_user)
+        if key_id is not None:
+            query = query.where(completions.c.key_id == key_id)
         with self._db.read() as conn:
             if after is not None:
                 cursor = conn.execute(select(*at).where(completions.c.id == after)).first()

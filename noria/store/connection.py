@@ -28,7 +28,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from noria.errors import Conflict, SettingsError, Unavailable
 from noria.store.tables import markers
 
-HEAD = "0002"
+HEAD = "0003"
 BUSY_MS = 30_000
 MIGRATIONS = Path(__file__).parent / "migrations"
 ADVISORY_LOCK = 0x6E6F726961  # "noria": PostgreSQL's lock around a migration

@@ -120,6 +120,7 @@ completions = Table(
     Column("prompt_hash", Words, nullable=False, index=True),
     Column("prompt_token_ids", Packed("q"), nullable=False),
     Column("end_user", Words, index=True),
+    Column("key_id", Words, index=True),
     Column("metadata", JsonText, nullable=False),
     Column("usage", JsonText, nullable=False),
     Column("system_fingerprint", Words),
@@ -342,7 +343,7 @@ evaluation_answers = Table(
     Column("error", Words),
 )
 
-# `live` and `previous` name versions; `jobs` and `rollouts` are rows that writers lock first.
+# `live` and `previous` name versions; `jobs`, `rollouts` and `keys` are rows that writers lock first.
 markers = Table(
     "markers",
     metadata,

@@ -279,3 +279,51 @@ class CaptureCounts(_message.Message):
     stored: int
     dropped: int
     def __init__(self, sent: _Optional[int] = ..., stored: _Optional[int] = ..., dropped: _Optional[int] = ...) -> None: ...
+
+class ListAuditEventsRequest(_message.Message):
+    __slots__ = ("after", "limit", "order", "key_id", "action")
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    KEY_ID_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    after: str
+    limit: int
+    order: str
+    key_id: str
+    action: str
+    def __init__(self, after: _Optional[str] = ..., limit: _Optional[int] = ..., order: _Optional[str] = ..., key_id: _Optional[str] = ..., action: _Optional[str] = ...) -> None: ...
+
+class ListAuditEventsResponse(_message.Message):
+    __slots__ = ("data", "first_id", "last_id", "has_more")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ID_FIELD_NUMBER: _ClassVar[int]
+    LAST_ID_FIELD_NUMBER: _ClassVar[int]
+    HAS_MORE_FIELD_NUMBER: _ClassVar[int]
+    data: _containers.RepeatedCompositeFieldContainer[AuditEvent]
+    first_id: str
+    last_id: str
+    has_more: bool
+    def __init__(self, data: _Optional[_Iterable[_Union[AuditEvent, _Mapping]]] = ..., first_id: _Optional[str] = ..., last_id: _Optional[str] = ..., has_more: _Optional[bool] = ...) -> None: ...
+
+class AuditEvent(_message.Message):
+    __slots__ = ("id", "object", "at", "key_id", "name", "action", "target", "result", "wire")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    OBJECT_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    KEY_ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    object: str
+    at: float
+    key_id: str
+    name: str
+    action: str
+    target: str
+    result: str
+    wire: str
+    def __init__(self, id: _Optional[str] = ..., object: _Optional[str] = ..., at: _Optional[float] = ..., key_id: _Optional[str] = ..., name: _Optional[str] = ..., action: _Optional[str] = ..., target: _Optional[str] = ..., result: _Optional[str] = ..., wire: _Optional[str] = ...) -> None: ...

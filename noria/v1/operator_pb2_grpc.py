@@ -85,6 +85,11 @@ class OperatorServiceStub:
                 request_serializer=noria_dot_v1_dot_operator__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=noria_dot_v1_dot_operator__pb2.Status.FromString,
                 _registered_method=True)
+        self.ListAuditEvents = channel.unary_unary(
+                '/noria.v1.OperatorService/ListAuditEvents',
+                request_serializer=noria_dot_v1_dot_operator__pb2.ListAuditEventsRequest.SerializeToString,
+                response_deserializer=noria_dot_v1_dot_operator__pb2.ListAuditEventsResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer:
@@ -162,6 +167,13 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAuditEvents(self, request, context):
+        """What operators did, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -214,6 +226,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=noria_dot_v1_dot_operator__pb2.GetStatusRequest.FromString,
                     response_serializer=noria_dot_v1_dot_operator__pb2.Status.SerializeToString,
+            ),
+            'ListAuditEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAuditEvents,
+                    request_deserializer=noria_dot_v1_dot_operator__pb2.ListAuditEventsRequest.FromString,
+                    response_serializer=noria_dot_v1_dot_operator__pb2.ListAuditEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -487,6 +504,33 @@ class OperatorService:
             '/noria.v1.OperatorService/GetStatus',
             noria_dot_v1_dot_operator__pb2.GetStatusRequest.SerializeToString,
             noria_dot_v1_dot_operator__pb2.Status.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAuditEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/noria.v1.OperatorService/ListAuditEvents',
+            noria_dot_v1_dot_operator__pb2.ListAuditEventsRequest.SerializeToString,
+            noria_dot_v1_dot_operator__pb2.ListAuditEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

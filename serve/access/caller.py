@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
 
-Role = Literal["client", "annotator", "operator", "trainer"]
+from noria.access.audit import AuditWire
+from noria.access.keys import ROLES, Role
+
+__all__ = ["LOCAL", "Caller", "Role", "current_caller", "current_wire"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,11 @@ class Caller:
     roles: frozenset[Role]
 
 
-LOCAL = Caller("local", "local", frozenset({"client", "annotator", "operator", "trainer"}))
+LOCAL = Caller("local", "local", frozenset(ROLES))
 """The caller of a server that asks for no key."""
 
 current_caller: ContextVar[Caller] = ContextVar("current_caller", default=LOCAL)
 """The caller of the call that runs in this task; set by the HTTP middleware and by the gRPC interceptor."""
+
+current_wire: ContextVar[AuditWire] = ContextVar("current_wire", default="http")
+"""The wire on which it came; set with the caller."""

@@ -7,7 +7,6 @@ Must not import vllm or grpc.
 
 from __future__ import annotations
 
-import hmac
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -17,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from noria.errors import NoriaError, Unauthenticated, openai_body, wire_of
+from noria.errors import NoriaError, openai_body, wire_of
 from serve.api.schemas import invalid
 
 log = logging.getLogger(__name__)
@@ -52,12 +51,3 @@ class NoriaRoute(APIRoute):
 def internal(error: Exception) -> NoriaError:
     """What a caller learns of a bug: its kind, not its text."""
     return NoriaError(f"internal error ({type(error).__name__}); the server's log has it")
-
-
-def check_key(expected: str | None, header: str | None) -> None:
-    """Compares an `Authorization: Bearer KEY` header in constant time. Raises Unauthenticated."""
-    if expected is None:
-        return
-    scheme, _, key = (header or "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), expected.encode()):
-        raise Unauthenticated("The API key is missing or wrong: send it as `Authorization: Bearer KEY`.")

@@ -138,6 +138,14 @@ class FeedbackPage(OrderedPage):
     completion_id: str | None = None
 
 
+class AuditPage(Page):
+    """A page of the audit log, newest first unless `order` is `asc`; also of one key or action only."""
+
+    order: Literal["asc", "desc"] = "desc"
+    key_id: str | None = None
+    action: str | None = None
+
+
 class JobPage(Page):
     """A page of jobs, newest first, also of one state only."""
 

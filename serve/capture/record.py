@@ -43,6 +43,7 @@ def to_completion(captured: Captured, blobs: BlobSink) -> Completion:
         ttft_s=captured.ttft_s,
         duration_s=captured.duration_s,
         finished=captured.finished,
+        key_id=captured.key_id,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
+from serve.access.caller import current_caller
 from serve.engine.versions import Trace
 
 
@@ -46,6 +47,7 @@ class Captured:
     ttft_s: float | None = None
     duration_s: float | None = None
     finished: bool = False
+    key_id: str = field(default_factory=lambda: current_caller.get().key_id)
 
 
 class Tape:

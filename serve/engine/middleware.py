@@ -1,4 +1,4 @@
-"""The HTTP door: a key where one is asked for, a trace for every request, the version's name on every answer.
+"""Behind the HTTP door: a trace for every request, the version's name on every answer.
 
 Comes in and goes out: ASGI messages. Pure ASGI, so that streams pass untouched. Must not import vllm.
 """
@@ -11,37 +11,12 @@ import uuid
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from noria.errors import NoriaError, Unavailable
-from serve.api.errors import check_key, error_response
+from noria.errors import Unavailable
+from serve.api.errors import error_response
 from serve.engine.versions import Trace, VersionGate, current_trace
 
 VERSION_HEADER = b"x-noria-model-version"
-OPEN_PATHS = frozenset({"/health", "/ping", "/live", "/metrics"})  # what a probe or a scraper asks without a key
 ONE_RUN = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages"})  # streams of one engine run each
-
-
-class KeyMiddleware:
-    """Refuses requests without the bearer key. Probes and metrics stay open."""
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self.app = app
-        self._key = key
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, or answers 401 in OpenAI's shape."""
-        guarded = scope["type"] == "websocket" or (
-            scope["type"] == "http" and scope["method"] != "OPTIONS" and scope["path"] not in OPEN_PATHS
-        )
-        try:
-            if guarded:
-                check_key(self._key, Headers(scope=scope).get("authorization"))
-        except NoriaError as error:
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008, "reason": error.code})
-            else:
-                await error_response(error)(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
 
 
 class TraceMiddleware:

@@ -19,6 +19,7 @@ from typing import Any
 
 from noria.errors import NoriaError, NotFound, Superseded, Unavailable, UnsupportedModel
 from noria.records import Json
+from serve.access.audit import Audit
 from serve.api.schemas import AdapterQuery, SampleBody, parse
 from serve.engine.versions import ServingVersion, Trace, VersionGate, current_trace
 from serve.sampling.adapters.shelf import Adapter, AdapterShelf
@@ -47,8 +48,10 @@ class Counts:
 class Sampling:
     """One engine's sampling. `keep` is to run beside the server, `close` to be waited for at its end."""
 
-    def __init__(self, engine: SamplingEngine, gate: VersionGate, shelf: AdapterShelf, turns: Turns) -> None:
-        self._engine, self._gate, self.shelf, self.turns = engine, gate, shelf, turns
+    def __init__(
+        self, engine: SamplingEngine, gate: VersionGate, shelf: AdapterShelf, turns: Turns, audit: Audit
+    ) -> None:
+        self._engine, self._gate, self.shelf, self.turns, self._audit = engine, gate, shelf, turns, audit
         self.counts = Counts()
         self._groups: set[Group] = set()
         self._works: set[asyncio.Task[Json]] = set()
@@ -64,16 +67,18 @@ class Sampling:
     async def put_adapter(self, query: Mapping[str, Any], chunks: AsyncIterable[bytes]) -> tuple[Json, bool]:
         """Loads an adapter; True beside it where that was new. Raises as `AdapterShelf.put`."""
         asked = parse(AdapterQuery, query)
-        adapter, created = await self.shelf.put(asked.name, asked.version, chunks, asked.ttl_s)
+        async with self._audit.action("put_adapter", asked.name):
+            adapter, created = await self.shelf.put(asked.name, asked.version, chunks, asked.ttl_s)
         self.counts.adapters += created
         return adapter.to_wire(), created
 
     async def delete_adapter(self, name: str) -> Json:
         """Unloads an adapter; groups that run on it are ended. Raises NotFound."""
-        for group in list(self._groups):
-            if group.adapter is not None and group.adapter.name == name:
-                group.end(NotFound(f"{name} was deleted", param="adapter", code="adapter_not_found"))
-        return await self.shelf.drop(name)
+        async with self._audit.action("delete_adapter", name):
+            for group in list(self._groups):
+                if group.adapter is not None and group.adapter.name == name:
+                    group.end(NotFound(f"{name} was deleted", param="adapter", code="adapter_not_found"))
+            return await self.shelf.drop(name)
 
     async def list_adapters(self) -> Json:
         """What is loaded, how much fits, and which version it has to be made for."""

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from noria.settings import Settings
+from serve.access.audit import Audit
 from serve.engine.environment import has_gpu
 from serve.engine.versions import VersionGate
 from serve.sampling.adapters.shelf import AdapterShelf, own_folder
@@ -22,7 +23,9 @@ from serve.sampling.turns import Turns
 
 
 @asynccontextmanager
-async def sampling_over(engine: Any, state: Any, gate: VersionGate, settings: Settings) -> AsyncIterator[Sampling]:
+async def sampling_over(
+    engine: Any, state: Any, gate: VersionGate, settings: Settings, audit: Audit
+) -> AsyncIterator[Sampling]:
     """Sampling, its leases kept and its counters exported."""
     from prometheus_client import REGISTRY
 
@@ -30,7 +33,8 @@ async def sampling_over(engine: Any, state: Any, gate: VersionGate, settings: Se
     over = await sampling_engine(engine, state)
     most, max_rank = settings.engine.policy_adapters, settings.engine.policy_rank
     shelf = AdapterShelf(over, gate, folder, most=most, max_rank=max_rank)
-    sampling = Sampling(over, gate, shelf, turns_for(settings, engine.vllm_config.scheduler_config.max_num_seqs))
+    turns = turns_for(settings, engine.vllm_config.scheduler_config.max_num_seqs)
+    sampling = Sampling(over, gate, shelf, turns, audit)
     collector = export_sampling(sampling)
     keeping = asyncio.create_task(sampling.keep(), name="sampling")
     try:

@@ -103,6 +103,10 @@ class Door(Protocol):
         """What was deleted."""
         ...
 
+    def audit(self, **query: Any) -> Json:
+        """A page of the audit log."""
+        ...
+
 
 class HttpDoor:
     """Over HTTP."""
@@ -193,6 +197,10 @@ class HttpDoor:
         """DELETE /noria/v1/end_users/USER."""
         return _said(self.client.delete(f"/noria/v1/end_users/{user}"))
 
+    def audit(self, **query: Any) -> Json:
+        """GET /noria/v1/audit."""
+        return _said(self.client.get("/noria/v1/audit", params=query))
+
 
 class GrpcDoor:
     """Over gRPC."""
@@ -273,6 +281,10 @@ class GrpcDoor:
     def forget(self, user: str) -> Json:
         """ForgetEndUser."""
         return self._one(self._feedback.ForgetEndUser, feedback_pb2.ForgetEndUserRequest(user=user))
+
+    def audit(self, **query: Any) -> Json:
+        """ListAuditEvents."""
+        return self._one(self._operator.ListAuditEvents, operator_pb2.ListAuditEventsRequest(**query))
 
     def _one(self, method: Any, request: Any) -> Json:
         try:

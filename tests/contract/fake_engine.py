@@ -12,13 +12,13 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,15 +28,19 @@ from noria.records import Json
 from noria.registry import ManifestDraft, Registry, fingerprint
 from noria.settings import Settings
 from noria.store import Store
+from serve.access.audit import Audit
+from serve.access.guards.http import AccessMiddleware
+from serve.access.keys import Access
 from serve.api.chat import begin_trace
 from serve.api.errors import error_response
 from serve.api.grpc.server import build_server
 from serve.api.handlers import Handlers
 from serve.api.http import build_router
+from serve.api.openai.stored import build_stored_router
 from serve.capture.chat import storage_fault
 from serve.capture.queue import CaptureQueue
 from serve.capture.tape import Captured, ChoiceTape
-from serve.engine.middleware import KeyMiddleware, TraceMiddleware
+from serve.engine.middleware import TraceMiddleware
 from serve.engine.versions import ServingVersion, Trace, VersionGate, current_trace
 from serve.sampling.adapters.shelf import AdapterShelf
 from serve.sampling.http import build_sampling_router
@@ -152,7 +156,7 @@ def parsed(request: Json) -> ChatBody:
     return body
 
 
-def chat_app(chat: FakeChat, handlers: Handlers, sampling: Sampling, gate: VersionGate) -> Any:
+def chat_app(chat: FakeChat, routers: Sequence[APIRouter], gate: VersionGate, access: Access, audit: Audit) -> Any:
     """The application: `/v1/chat/completions` over the fake, and our own routers."""
     app = FastAPI()
 
@@ -166,10 +170,9 @@ def chat_app(chat: FakeChat, handlers: Handlers, sampling: Sampling, gate: Versi
         except NoriaError as error:
             return error_response(error)
 
-    app.include_router(build_sampling_router(sampling, handlers.api_key))
-    app.include_router(build_router(handlers))
-    traced = TraceMiddleware(app, gate)
-    return KeyMiddleware(traced, handlers.api_key) if handlers.api_key else traced
+    for router in routers:
+        app.include_router(router)
+    return AccessMiddleware(TraceMiddleware(app, gate), access, audit)
 
 
 class FakeSystem:
@@ -225,14 +228,19 @@ class FakeSystem:
             )
             self.chat = FakeChat(gate, capture)
             shelf = AdapterShelf(self.engine, gate, self.home / "adapters", most=self._adapters, max_rank=8)
-            sampling = self.sampling = Sampling(self.engine, gate, shelf, Turns(4, 1, quiet_s=0.01))
+            audit = handlers.audit
+            sampling = self.sampling = Sampling(self.engine, gate, shelf, Turns(4, 1, quiet_s=0.01), audit)
+            access = Access(store, self._settings.server, refresh_s=0.05)
+            stored = build_stored_router(store, blobs, capture, audit)
+            routers = (stored, build_sampling_router(sampling), build_router(handlers))
             keeping = asyncio.create_task(sampling.keep())
-            rpc, self.grpc_port = await build_server(handlers, self.chat, sampling, host="127.0.0.1", port=0)
+            rpc, self.grpc_port = await build_server(handlers, self.chat, sampling, access, host="127.0.0.1", port=0)
             await rpc.start()
-            await self._serve_http(chat_app(self.chat, handlers, sampling, gate))
+            await self._serve_http(chat_app(self.chat, routers, gate, access, audit))
             keeping.cancel()
             await sampling.close()
             await rpc.stop(1)
+            await access.close()
             await capture.close()
 
     async def _serve_http(self, app: Any) -> None:

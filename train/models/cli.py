@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from noria.access.audit import by_os_user
 from noria.records import Json
 from noria.registry import Manifest, Registry
 from noria.settings import Settings, load_settings
@@ -52,11 +53,12 @@ def main(argv: Sequence[str]) -> int:
         if arguments.command == "eyes":
             print_eyes(export_eyes(arguments.version, registry, settings, arguments.out), arguments.json)
             return 0
-        with stage_bars() as progress:
+        with by_os_user(store, "add_model") as noted, stage_bars() as progress:
             if arguments.command == "add":
                 manifest = add_model(arguments.source, registry, settings, arguments.name, progress)
             else:
                 manifest = build_embedded(registry, settings, progress)
+            noted.target = manifest.id
         live = registry.live()
     _print_version(manifest, live, arguments.json)
     return 0

@@ -30,7 +30,7 @@ TAIL_LINES = 20
 @contextmanager
 def server_of(here: Place, settings: Settings, version: str) -> Iterator[Target]:
     """A server that answers as `version`. Raises Unavailable when one named with --url, or our own, does not answer."""
-    key = settings.server.api_key.get_secret_value() if settings.server.api_key else None
+    key = settings.shown_key
     url = running_url(here, settings, version, key)
     if url is not None:
         yield Target(url, version, "live", key)

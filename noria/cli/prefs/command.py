@@ -103,10 +103,16 @@ def import_prefs(
     as_json: AsJson = False,
 ) -> None:
     """Takes in an export; what is here already stays as it is, so a file may be imported twice."""
+    from noria.access.audit import by_os_user
     from noria.cli.prefs.transfer import import_lines
 
     here = place(ctx)
-    with here.store() as store, _reading(file) as (source, lines), _bar("importing", lines) as advance:
+    with (
+        here.store() as store,
+        by_os_user(store, "import_preferences"),
+        _reading(file) as (source, lines),
+        _bar("importing", lines) as advance,
+    ):
         counts = import_lines(store, _blobs(here), source, advance)
     if as_json:
         print_json(counts)
@@ -140,10 +146,13 @@ def _forget(here: Place, user: str) -> dict[str, Any]:
 
 
 def _forget_in(store: Store, blobs: Blobs, user: str) -> dict[str, Any]:
-    counts: dict[str, Any] = dict(store.forget_end_user(user))
-    images = counts.pop("images", [])
-    for sha256 in images:
-        blobs.delete(sha256)
+    from noria.access.audit import by_os_user
+
+    with by_os_user(store, "forget_end_user"):  # without whom: the log must not remember what was to be forgotten
+        counts: dict[str, Any] = dict(store.forget_end_user(user))
+        images = counts.pop("images", [])
+        for sha256 in images:
+            blobs.delete(sha256)
     return {"id": user, "deleted": True, **counts, "images": len(images)}
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import typer
 
 from noria.cli.context import SERVER_FILE, AsJson, Place, live_server, place, say
 from noria.cli.models import fetched, name_of
-from noria.cli.run import GrpcPort, Host, HttpPort, environment_of, flags_of, python_m
+from noria.cli.run import GrpcPort, Host, HttpPort, Insecure, environment_of, flags_of, python_m
 from noria.errors import Conflict, NoriaError, TrainingError
 
 if TYPE_CHECKING:
@@ -51,18 +52,20 @@ def up(
     http_port: HttpPort = None,
     grpc_port: GrpcPort = None,
     model: Annotated[str | None, typer.Option(help=MODEL)] = None,
+    insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
     """Runs the server and the trainer; with no model named, builds the embedded one the first time."""
     from noria.cli.up.supervisor import Stop
 
     here = place(ctx)
-    given = {"host": host, "http_port": http_port, "grpc_port": grpc_port}
+    given = {"host": host, "http_port": http_port, "grpc_port": grpc_port, "insecure": insecure or None}
     settings = here.settings(server={key: value for key, value in given.items() if value is not None} or None)
     settings.home.mkdir(parents=True, exist_ok=True)
     with only_one(settings.home):
         stop = Stop()
         stop.listen()
+        require_keys(settings)
         planned = plan(settings, model)
         if planned.first is None or take_in(here, planned.first, stop):
             raise typer.Exit(keep_up(here, settings, planned.serve, stop, as_json))
@@ -112,6 +115,15 @@ def require_version(settings: Settings, version: str) -> None:
         store.get_version(version)
 
 
+def require_keys(settings: Settings) -> None:
+    """Raises SettingsError, before anything is built, where the server would listen to others without any key."""
+    from noria.access.loopback import require_keys_beyond_loopback
+    from noria.store import Store
+
+    with Store.open(settings.store_url) as store:
+        require_keys_beyond_loopback(settings.server, store.has_keys())
+
+
 def take_in(here: Place, arguments: list[str], stop: Stop) -> bool:
     """Runs `python -m train model ...`; False when we were asked to stop meanwhile. Raises TrainingError."""
     from noria.cli.up.supervisor import Child, run_once
@@ -130,11 +142,23 @@ def keep_up(here: Place, settings: Settings, model: str | None, stop: Stop, as_j
 
     given = settings.server
     flags = flags_of(host=given.host, http_port=given.http_port, grpc_port=given.grpc_port, model=model)
-    server = Child("server", python_m("serve", flags), environment_of(here))
-    trainer = Child("trainer", python_m("train", []), environment_of(here))
+    if given.insecure:
+        flags.append("--insecure")
+    environment = with_trainer_key(environment_of(here))
+    server = Child("server", python_m("serve", flags), environment)
+    trainer = Child("trainer", python_m("train", []), environment)
     announcer = Announcer(server, settings.home, as_json)
     stop_s = given.shutdown_s + STOP_S
     return Supervisor([server, trainer], stop, stop_s=stop_s, tell=say, watch=announcer.look).run()
+
+
+def with_trainer_key(environment: Mapping[str, str]) -> dict[str, str]:
+    """The children's environment with a key for the trainer, drawn anew at each start and written nowhere.
+
+    A server that asks for keys would refuse its own trainer else; where the operator gives the trainer a key
+    (NORIA_API_KEY, server.api_key), that one is shown.
+    """
+    return {**environment, "NORIA_SERVER__TRAINER_KEY": secrets.token_hex(32)}
 
 
 class Announcer:

@@ -1,4 +1,4 @@
-"""What every gRPC call shares: errors from the one table, the version in the metadata, the bearer key.
+"""What every gRPC call shares: errors from the one table, the version in the metadata.
 
 Comes in: a call's context. Goes out: a status with OpenAI's error object in the trailing metadata.
 Must not import vllm.
@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 
-from noria.errors import NoriaError, Unauthenticated, openai_body, wire_of
-from serve.api.errors import check_key, internal
+from noria.errors import NoriaError, openai_body, wire_of
+from serve.api.errors import internal
 
 ERROR_KEY = "noria-error-bin"
 VERSION_KEY = "x-noria-model-version"
-OPEN_METHODS = ("/grpc.health.v1.Health/",)  # probes carry no key, as GET /health carries none
 
 log = logging.getLogger(__name__)
 
@@ -43,27 +42,3 @@ async def answering(context: Any, method: str) -> AsyncIterator[None]:
     except Exception as error:
         log.exception("call_failed", extra={"method": method})
         await abort(context, internal(error))
-
-
-class KeyInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls that do not carry `authorization: Bearer KEY`."""
-
-    def __init__(self, api_key: str) -> None:
-        self._api_key = api_key
-
-    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        """Lets the call through, or answers it with UNAUTHENTICATED."""
-        header = dict(details.invocation_metadata).get("authorization")
-        try:
-            if not details.method.startswith(OPEN_METHODS):
-                check_key(self._api_key, header)
-        except Unauthenticated as error:
-            return _refusal(error)
-        return await continuation(details)
-
-
-def _refusal(error: NoriaError) -> Any:
-    async def refuse(request: Any, context: Any) -> None:
-        await abort(context, error)
-
-    return grpc.unary_unary_rpc_method_handler(refuse)

@@ -21,8 +21,9 @@ from noria.v1 import (
     sampling_pb2,
     sampling_pb2_grpc,
 )
+from serve.access.guards.grpc import AccessInterceptor
+from serve.access.keys import Access
 from serve.api.chat import ChatBackend
-from serve.api.grpc.calls import KeyInterceptor
 from serve.api.grpc.sampling import SamplingServicer
 from serve.api.grpc.services import Feedback, Inference, Operator
 from serve.api.handlers import Handlers
@@ -38,15 +39,14 @@ SERVICES = (
 
 
 async def build_server(
-    handlers: Handlers, chat: ChatBackend, sampling: Sampling, *, host: str, port: int, api_key: str | None = None
+    handlers: Handlers, chat: ChatBackend, sampling: Sampling, access: Access, *, host: str, port: int
 ) -> tuple[grpc.aio.Server, int]:
     """The server and the port it is bound to (`port` 0 takes a free one); call it inside the running loop.
 
-    `api_key` is the settings' when None. Raises SettingsError when the address is taken.
+    Raises SettingsError when the address is taken.
     """
-    key = api_key or handlers.api_key
     server = grpc.aio.server(
-        interceptors=[KeyInterceptor(key)] if key else [],
+        interceptors=[AccessInterceptor(access)],
         options=[
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

@@ -146,6 +146,12 @@ class Operator(operator_pb2_grpc.OperatorServiceServicer):
         async with answering(context, "Rollback"):
             return fill(operator_pb2.RolloutState, await self._handlers.rollback())
 
+    async def ListAuditEvents(self, request: Any, context: Any) -> Any:
+        """GET /noria/v1/audit."""
+        return await call(
+            context, self._handlers.list_audit_events, to_dict(request), operator_pb2.ListAuditEventsResponse
+        )
+
     async def GetStatus(self, request: Any, context: Any) -> Any:
         """GET /noria/v1/status."""
         async with answering(context, "GetStatus"):

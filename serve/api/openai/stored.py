@@ -1,7 +1,8 @@
 """OpenAI's stored chat completions over the store.
 
 Comes in: GET, POST and DELETE under `/v1/chat/completions`. Goes out: OpenAI's schema and paging. An answer just given
-is there: the routes wait for its commit first. Must not import vllm.
+is there: the routes wait for its commit first. A key with the role `client` alone sees what was asked with it, and no
+other; to it, the rest does not exist. Must not import vllm.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from noria.blobs import Blobs
 from noria.errors import InvalidRequest, NotFound
 from noria.records import Completion, Json
 from noria.store import Store
+from serve.access.audit import Audit
+from serve.access.caller import Role, current_caller
 from serve.api.errors import NoriaRoute
 from serve.api.openai.shapes import completion_object, page, store_messages
 from serve.capture.chat import metadata_fault
 
 METADATA = re.compile(r"metadata\[(.+)\]")
 LARGEST_PAGE = 100
+READERS: frozenset[Role] = frozenset({"annotator", "operator"})
+CHANGERS: frozenset[Role] = frozenset({"operator"})
 
 
 class Flushes(Protocol):
@@ -33,7 +38,7 @@ class Flushes(Protocol):
         """Returns when that completion, or all, is committed or dropped."""
 
 
-def build_stored_router(store: Store, blobs: Blobs, capture: Flushes) -> APIRouter:
+def build_stored_router(store: Store, blobs: Blobs, capture: Flushes, audit: Audit) -> APIRouter:
     """The five routes, for vLLM's application."""
     router = APIRouter(prefix="/v1/chat/completions", route_class=NoriaRoute, tags=["stored completions"])
 
@@ -50,6 +55,7 @@ def build_stored_router(store: Store, blobs: Blobs, capture: Flushes) -> APIRout
             order=order,
             metadata=metadata_filter(query) or None,
             model=query.get("model"),
+            key_id=_own(READERS),
         )
         return page([completion_object(one) for one in found], limit)
 
@@ -62,14 +68,15 @@ def build_stored_router(store: Store, blobs: Blobs, capture: Flushes) -> APIRout
     async def update_completion(completion_id: str, request: Request) -> Json:
         """Replaces the metadata; nothing else can be changed."""
         metadata = await _metadata_of(request)
-        await capture.flush(completion_id)
+        await _read(store, capture, completion_id, CHANGERS)
         return completion_object(await asyncio.to_thread(store.set_completion_metadata, completion_id, metadata))
 
     @router.delete("/{completion_id}")
     async def delete_completion(completion_id: str) -> Json:
         """Deletes one."""
-        await capture.flush(completion_id)
-        await asyncio.to_thread(store.delete_completion, completion_id)
+        async with audit.action("delete_completion", completion_id):
+            await _read(store, capture, completion_id, CHANGERS)
+            await asyncio.to_thread(store.delete_completion, completion_id)
         return {"object": "chat.completion.deleted", "id": completion_id, "deleted": True}
 
     @router.get("/{completion_id}/messages")
@@ -121,9 +128,20 @@ def metadata_filter(query: Mapping[str, str]) -> dict[str, str]:
     return {match[1]: value for key, value in query.items() if (match := METADATA.fullmatch(key))}
 
 
-async def _read(store: Store, capture: Flushes, completion_id: str) -> Completion:
+async def _read(store: Store, capture: Flushes, completion_id: str, whole: frozenset[Role] = READERS) -> Completion:
+    """The completion; to the roles in `whole` everyone's, to others their own. Raises NotFound."""
     await capture.flush(completion_id)
-    return await asyncio.to_thread(store.get_completion, completion_id)
+    found = await asyncio.to_thread(store.get_completion, completion_id)
+    own = _own(whole)
+    if own is not None and found.key_id != own:
+        raise NotFound(f"no stored completion {completion_id!r}", param="completion_id")
+    return found
+
+
+def _own(whole: frozenset[Role]) -> str | None:
+    """The key whose completions are shown; None is everyone's."""
+    caller = current_caller.get()
+    return None if caller.roles & whole else caller.key_id
 
 
 async def _metadata_of(request: Request) -> dict[str, str]:

@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from noria.errors import InvalidRequest, NoriaError, Superseded, Unavailable
 from noria.records import Json
+from noria.store import Store
+from serve.access.audit import Audit
 from serve.engine.versions import ServingVersion, Trace, VersionGate
 from serve.sampling.adapters.shelf import AdapterShelf
 from serve.sampling.group import Group
@@ -118,8 +120,9 @@ class Server:
     def __init__(self, tmp_path: Path) -> None:
         self.engine = FakeSamplingEngine()
         self.gate = VersionGate(ServingVersion("v1", "v1-00000001", write_serving(tmp_path / "serving")))
+        store = Store.open(f"sqlite:///{tmp_path / 'noria.db'}")
         shelf = AdapterShelf(self.engine, self.gate, tmp_path / "adapters", most=1, max_rank=8)
-        self.sampling = Sampling(self.engine, self.gate, shelf, Turns(4, 1))
+        self.sampling = Sampling(self.engine, self.gate, shelf, Turns(4, 1), Audit(store))
 
 
 async def test_groups_hold_a_swap_up_only_until_they_are_let_go(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from noria.rewards import RewardSettings
 from train.data import calibration, snapshot
 from train.data.samples import Sample
 from train.methods.grpo.sampling.prompts import DEFAULT_COUNT, SourcePrompts, read_prompts
-from train.methods.grpo.sampling.servers import Servers, addresses
+from train.methods.grpo.sampling.servers import Servers, addresses, key_of
 from train.pipeline.context import JobContext
 from train.pipeline.files import remove
 
@@ -312,11 +312,10 @@ def _lent(
     from noria.sampling import SamplingPool
     from train.methods.grpo.method import Means
 
-    key = ctx.settings.server.api_key
+    key = key_of(grpo.servers, ctx.settings)
 
     def pool(found: Sequence[str]) -> SamplingPool:
-        secret = key.get_secret_value() if key is not None else None
-        return SamplingPool(found, api_key=secret, concurrency=grpo.concurrency, give_up_s=GIVE_UP_S)
+        return SamplingPool(found, api_key=key, concurrency=grpo.concurrency, give_up_s=GIVE_UP_S)
 
     with Servers(addresses(grpo.servers, ctx.settings, ctx.store), pool) as servers:
         yield Means(

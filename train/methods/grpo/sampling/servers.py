@@ -112,3 +112,12 @@ def addresses(named: Sequence[str], settings: Settings, store: Store) -> Callabl
         return sorted(f"grpc://{one.info['grpc']}" for one in found if one.info.get("grpc"))
 
     return beating
+
+
+def key_of(named: Sequence[str], settings: Settings) -> str | None:
+    """The key to show to those servers: the operator's, else what `noria up` drew for us and the server beside us.
+
+    That one is never shown to a server that somebody named: it would learn a secret of ours, and not know it.
+    """
+    drawn = None if named or settings.url else settings.server.trainer_key
+    return settings.shown_key or (drawn.get_secret_value() if drawn else None)

@@ -1,0 +1,1 @@
+"""`noria keys` and `noria audit`."""
