@@ -23,10 +23,11 @@ from noria.blobs import Blobs
 from noria.errors import NoriaError
 from noria.records import Json, ProcessInfo
 from noria.registry import Registry
-from noria.settings import Settings
+from noria.settings import ServerSettings, Settings
 from noria.store import Store
 from serve.api.chat import VllmChatBackend
 from serve.api.errors import error_response
+from serve.api.grpc.health import Health
 from serve.api.grpc.server import build_server
 from serve.api.handlers import Handlers
 from serve.api.http import build_router
@@ -41,6 +42,7 @@ from serve.live import choose_version
 from serve.release.releaser import Releaser
 from serve.sampling.http import build_sampling_router
 from serve.sampling.start import sampling_over
+from serve.tls import Certificates, certificates_of
 
 logger = logging.getLogger("noria.server")
 BEAT_S = 2.0
@@ -53,6 +55,7 @@ async def run(settings: Settings, model: str | None = None) -> int:
     """
     stop = Stop()
     async with AsyncExitStack() as stack:
+        certificates = await stack.enter_async_context(certified(settings.server))
         sock = bind_http(settings.server)
         stack.callback(sock.close)
         store = await asyncio.to_thread(Store.open, settings.store_url)
@@ -71,18 +74,33 @@ async def run(settings: Settings, model: str | None = None) -> int:
         app.include_router(build_router(handlers))
         server = settings.server
         chat = VllmChatBackend(app.state, gate)
-        grpc_server, grpc_port = await build_server(handlers, chat, sampling, host=server.host, port=server.grpc_port)
-        doors = Doors(wrapped(app, gate, settings), app.state, sock, grpc_server, server.shutdown_s)
+        health = Health()
+        gate.on_failure(health.engine_lost)
+        grpc_server, grpc_port = await build_server(
+            handlers,
+            chat,
+            sampling,
+            host=server.host,
+            port=server.grpc_port,
+            health=health,
+            credentials=certificates and certificates.credentials(),
+        )
+        doors = Doors(
+            wrapped(app, gate, settings),
+            app.state,
+            sock,
+            grpc_server,
+            server.shutdown_s,
+            tls=certificates and certificates.context,
+            before_close=health.close,
+        )
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         stack.push_async_callback(sampling.close)  # before the doors: a group would hold them open
         releaser = Releaser(engine, gate, store, registry, settings, before_swap=sampling.forget_adapters)
         await stack.enter_async_context(background(releaser.run(), "release", before_end=_opened(gate, settings)))
         await doors.open()
-        info = {
-            "url": f"http://{reachable(server.host)}:{sock.getsockname()[1]}",
-            "grpc": f"{reachable(server.host)}:{grpc_port}",
-        }
+        info = addresses(server, sock.getsockname()[1], grpc_port)
         announcement = Announcement(settings.home, store, gate, capture, info)
         stack.callback(announcement.withdraw)
         await stack.enter_async_context(background(announcement.keep(), "heartbeat"))
@@ -172,6 +190,30 @@ async def _capture(store: Store, blobs: Blobs, settings: Settings) -> AsyncItera
         await capture.close()
         counts = capture.counts
         logger.info("capture closed", extra={"sent": counts.sent, "stored": counts.stored, "dropped": counts.dropped})
+
+
+@asynccontextmanager
+async def certified(server: ServerSettings) -> AsyncIterator[Certificates | None]:
+    """The certificates, looked after for as long as the block runs; None without TLS. Raises SettingsError."""
+    from prometheus_client import REGISTRY
+
+    found = certificates_of(server.tls)
+    if found is None:
+        yield None
+        return
+    REGISTRY.register(found)
+    try:
+        async with background(found.keep(), "certificates"):
+            yield found
+    finally:
+        REGISTRY.unregister(found)
+
+
+def addresses(server: ServerSettings, http_port: int, grpc_port: int | None = None) -> Json:
+    """`url`, and `grpc` where it listens: where clients on this machine find the two wires."""
+    host = server.tls.name if server.tls.on and server.tls.name else reachable(server.host)
+    found = {"url": f"{'https' if server.tls.on else 'http'}://{host}:{http_port}"}
+    return found if grpc_port is None else {**found, "grpc": f"{host}:{grpc_port}"}
 
 
 @asynccontextmanager

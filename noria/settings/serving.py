@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, SecretStr
 
 from noria.module_settings import Section
+from noria.settings.wire import GrpcSettings, TlsSettings
 
 
 class ServerSettings(Section):
@@ -27,6 +28,8 @@ class ServerSettings(Section):
     """How long a stopping server lets running requests finish, in seconds."""
     api_key: SecretStr | None = None
     """A bearer key that every HTTP and gRPC call must carry; none asks for none."""
+    tls: TlsSettings = TlsSettings()
+    grpc: GrpcSettings = GrpcSettings()
 
 
 class EngineSettings(Section):

@@ -26,6 +26,7 @@ from noria.methods.table import METHODS
 from noria.settings.keeping import CaptureSettings, StoreSettings
 from noria.settings.serving import EngineSettings, ReleaseSettings, SamplingSettings, ServerSettings
 from noria.settings.training import TrainSettings
+from noria.tls import Trust
 
 
 class Settings(BaseSettings):
@@ -43,6 +44,13 @@ class Settings(BaseSettings):
     """NORIA_HOME: settings, store, pictures, models and jobs."""
     url: str | None = None
     """NORIA_URL: where commands find the server; none is the home's own, else server.http_port here."""
+    tls_ca: Path | None = None
+    """NORIA_TLS_CA: PEM file of the authorities whose servers commands and the trainer trust; none is the system's."""
+    tls_cert: Path | None = None
+    """NORIA_TLS_CERT: PEM file of the certificate that commands and the trainer show to a server with
+    `server.tls.client_ca`."""
+    tls_key: Path | None = None
+    """NORIA_TLS_KEY: PEM file of its private key."""
     server: ServerSettings = ServerSettings()
     engine: EngineSettings = EngineSettings()
     sampling: SamplingSettings = SamplingSettings()
@@ -70,6 +78,11 @@ class Settings(BaseSettings):
         if not train.reward.rewards:
             raise ValueError(f"{said} contradicts train.reward.rewards, which is empty: name a reward; {advice}")
         return self
+
+    @property
+    def trust(self) -> Trust:
+        """Whom commands and the trainer trust, and what they show themselves."""
+        return Trust(self.tls_ca, self.tls_cert, self.tls_key)
 
     @property
     def store_url(self) -> str:
