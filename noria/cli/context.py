@@ -54,7 +54,7 @@ class Place:
         running = None if settings.url else live_server(settings.home)
         key = settings.server.api_key
         url = settings.url or (str(running["url"]) if running else f"http://127.0.0.1:{settings.server.http_port}")
-        return NoriaClient(url, api_key=key.get_secret_value() if key else None)
+        return NoriaClient(url, api_key=key.get_secret_value() if key else None, trust=settings.trust)
 
     def ask(self, server: Callable[[NoriaClient], Any], store: Callable[[Store], Any]) -> Any:
         """What the server says or, where none is named and the home has none that runs, what its store says.

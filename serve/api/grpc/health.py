@@ -33,7 +33,7 @@ class Health(health.aio.HealthServicer):
             await self.set(name, SERVING)
 
     def engine_lost(self) -> None:
-        """Nothing that needs the engine serves any more; called on the event loop, from where nothing can be awaited."""
+        """Nothing that needs the engine serves any more; called on the event loop, where nothing is awaited."""
         task = asyncio.ensure_future(self._lose_engine())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -55,8 +55,8 @@ async def build_server(
 ) -> tuple[grpc.aio.Server, int]:
     """The server and the port it is bound to (`port` 0 takes a free one); call it inside the running loop.
 
-    `api_key` is the settings' when None; with `credentials` (`serve.tls`) the port speaks TLS. Raises SettingsError when
-    the address is taken.
+    `api_key` is the settings' when None; with `credentials` (`serve.tls`) the port speaks TLS. Raises SettingsError
+    when the address is taken.
     """
     key, wire = api_key or handlers.api_key, handlers.settings.server
     server = grpc.aio.server(

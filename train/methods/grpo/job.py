@@ -316,7 +316,8 @@ def _lent(
 
     def pool(found: Sequence[str]) -> SamplingPool:
         secret = key.get_secret_value() if key is not None else None
-        return SamplingPool(found, api_key=secret, concurrency=grpo.concurrency, give_up_s=GIVE_UP_S)
+        trust = ctx.settings.trust
+        return SamplingPool(found, api_key=secret, concurrency=grpo.concurrency, give_up_s=GIVE_UP_S, trust=trust)
 
     with Servers(addresses(grpo.servers, ctx.settings, ctx.store), pool) as servers:
         yield Means(
