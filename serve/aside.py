@@ -57,7 +57,7 @@ async def run_aside(settings: Settings, version: str | None = None) -> int:
         sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings))
         app.add_exception_handler(NoriaError, answer_error)
         app.include_router(build_sampling_router(sampling, key_of(settings)))
-        tls = certificates and certificates.context
+        tls = certificates.context if certificates else None
         doors = Doors(wrapped(app, gate, settings), app.state, sock, None, server.shutdown_s, tls=tls)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)

@@ -83,7 +83,7 @@ async def run(settings: Settings, model: str | None = None) -> int:
             host=server.host,
             port=server.grpc_port,
             health=health,
-            credentials=certificates and certificates.credentials(),
+            credentials=certificates.credentials() if certificates else None,
         )
         doors = Doors(
             wrapped(app, gate, settings),
@@ -91,7 +91,7 @@ async def run(settings: Settings, model: str | None = None) -> int:
             sock,
             grpc_server,
             server.shutdown_s,
-            tls=certificates and certificates.context,
+            tls=certificates.context if certificates else None,
             before_close=health.close,
         )
         stop.on_second(doors.force)
