@@ -102,7 +102,8 @@ def http_whole(world: World, under_way: Callable[[], None]) -> None:
 def http_stream(world: World, under_way: Callable[[], None]) -> None:
     """A reader who stops reading and goes."""
     with world.http.stream("POST", "/v1/chat/completions", json={**BODY, "stream": True}) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: without it httpx would close the stream now
+        next(lines)
         under_way()
 
 
