@@ -30,7 +30,7 @@ class Trust:
         if self.ca is not None:
             read_pem(self.ca, "tls_ca")
         try:
-            context = ssl.create_default_context(cafile=None if self.ca is None else str(self.ca))
+            context = ssl.create_default_context(cafile=None if self.ca is None else str(self.ca.expanduser()))
         except (OSError, ssl.SSLError) as error:
             raise SettingsError(f"tls_ca: {self.ca} holds no certificates: {error}", param="tls_ca") from error
         if self.cert is not None and self.key is not None:
@@ -42,8 +42,10 @@ class Trust:
         import grpc
 
         self.context()  # gRPC would take any bytes, and say only at the first call that they were none
+        system = ssl.get_default_verify_paths().cafile  # gRPC would take authorities that it brings along
+        ca = self.ca or (None if system is None else Path(system))
         return grpc.ssl_channel_credentials(
-            None if self.ca is None else read_pem(self.ca, "tls_ca"),
+            None if ca is None else read_pem(ca, "tls_ca"),
             None if self.key is None else read_pem(self.key, "tls_key"),
             None if self.cert is None else read_pem(self.cert, "tls_cert"),
         )
