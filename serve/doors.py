@@ -16,6 +16,7 @@ from typing import Any
 
 from noria.errors import SettingsError
 from noria.settings import ServerSettings
+from serve.tls import Https
 
 logger = logging.getLogger("noria.server")
 
@@ -63,7 +64,8 @@ class Doors:
             timeout_graceful_shutdown=math.ceil(shutdown_s),
             ssl_context_factory=None if tls is None else lambda *_: tls,
         )
-        self._http = state.server = NoSignalServer(config)
+        server = NoSignalServer if tls is None else type("HttpsServer", (Https, NoSignalServer), {})
+        self._http = state.server = server(config)
         self._sock, self._grpc, self._shutdown_s = sock, grpc_server, shutdown_s
         self._before_close = before_close
         self._serving: asyncio.Task[None] | None = None

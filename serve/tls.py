@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import ssl
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from prometheus_client.core import CounterMetricFamily
@@ -25,6 +26,7 @@ from noria.tls import load_pair, read_pem
 
 CERT, KEY, CLIENT_CA = "server.tls.cert", "server.tls.key", "server.tls.client_ca"
 LOOK_S = 5.0
+HANDSHAKE_S, GOODBYE_S = 15.0, 1.0
 
 log = logging.getLogger("noria.server")
 
@@ -126,6 +128,37 @@ def _mark(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+class Https:
+    """Mixed in before `uvicorn.Server` (0.54), which has no setting for how long TLS may take to begin and to end.
+
+    Its own would be 60 and 30 s: every idle connection would hold up an orderly end for so long, because its client
+    answers the goodbye only when it next looks.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, on the sockets that are given."""
+        server = cast(Any, self)
+        await cast(Any, super()).startup(sockets=[])
+        server.started = False  # it does not listen yet
+
+        def protocol() -> Any:
+            config, state = server.config, server.lifespan.state
+            return config.http_protocol_class(config=config, server_state=server.server_state, app_state=state)
+
+        for sock in sockets or []:
+            server.servers.append(
+                await asyncio.get_running_loop().create_server(
+                    protocol,
+                    sock=sock,
+                    ssl=server.config.ssl,
+                    backlog=server.config.backlog,
+                    ssl_handshake_timeout=HANDSHAKE_S,
+                    ssl_shutdown_timeout=GOODBYE_S,
+                )
+            )
+        server.started = True
 
 
 def certificates_of(settings: TlsSettings) -> Certificates | None:

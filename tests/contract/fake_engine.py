@@ -43,7 +43,7 @@ from serve.sampling.adapters.shelf import AdapterShelf
 from serve.sampling.http import build_sampling_router
 from serve.sampling.service import Sampling
 from serve.sampling.turns import Turns
-from serve.tls import certificates_of
+from serve.tls import Https, certificates_of
 from tests.contract.fake_sampling import FakeSamplingEngine
 from tests.unit.sampling.adapters import write_serving
 
@@ -174,6 +174,10 @@ def chat_app(chat: FakeChat, handlers: Handlers, sampling: Sampling, gate: Versi
     return KeyMiddleware(traced, handlers.api_key) if handlers.api_key else traced
 
 
+class HttpsServer(Https, uvicorn.Server):
+    """What `serve.doors` makes of vLLM's server."""
+
+
 class FakeSystem:
     """Everything of a server but vLLM, listening on two free ports.
 
@@ -207,7 +211,9 @@ class FakeSystem:
         """Closes both doors and what is behind them."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(30)
+            self._thread.join(20)
+            if self._thread.is_alive():
+                raise RuntimeError("the fake system did not end")
 
     def on_loop(self, call: Callable[[], Any]) -> Any:
         """What the call gives, made on the event loop; a coroutine's result."""
@@ -266,7 +272,8 @@ class FakeSystem:
             lifespan="off",
             ssl_context_factory=(lambda *_: tls.context) if tls else None,
         )
-        http, listening = uvicorn.Server(config), config.bind_socket()
+        http = HttpsServer(config) if tls else uvicorn.Server(config)
+        listening = config.bind_socket()
         listening.listen()
         self.http_port = listening.getsockname()[1]
         task = asyncio.create_task(http.serve(sockets=[listening]))

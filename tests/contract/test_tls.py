@@ -14,6 +14,7 @@ import trustme
 
 from noria.client import AsyncNoriaClient, NoriaClient
 from noria.errors import Unavailable
+from noria.sampling import Drawing, SamplingPool
 from noria.sampling.places import place_at
 from noria.tls import Trust
 from tests.certificates import Papers, issue
@@ -78,6 +79,7 @@ def test_who_does_not_know_the_authority_is_not_answered(secure: System, papers:
     unreachable(secure, None)
 
 
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 def test_old_versions_of_tls_are_refused(secure: System, papers: Papers) -> None:
     context = papers.trust().context()
     context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
@@ -123,6 +125,9 @@ async def test_clients_and_sampling_take_an_authority(mutual: System, papers: Pa
         place.close()
         with pytest.raises(Unavailable, match="does not answer"):
             place_at(sampling).list_adapters()
+    with SamplingPool([url, f"grpcs://{address}"], trust=trust) as pool:
+        assert pool.version() == "v1"
+        assert [one.version for one in pool.sample([WORDS["messages"]], Drawing(n=1))] == ["v1"]
     with NoriaClient(url) as stranger, pytest.raises(Unavailable, match="NORIA_TLS_CA"):
         stranger.status()
 
@@ -147,6 +152,19 @@ def test_a_renewed_certificate_is_shown_without_a_restart(papers: Papers, tmp_pa
         assert GrpcDoor(address, None, trust).status()["live"] == "v1"
         assert [certificates.loaded, certificates.refused] == [1, 0]
         unreachable(system, own.trust())
+
+
+def test_an_idle_connection_does_not_hold_up_the_end(papers: Papers, tmp_path: Path) -> None:
+    """Its client looks for the goodbye only afterwards; `FakeSystem.stop` raises where the end takes long."""
+    with fake_system(tmp_path / "home", server={"tls": papers.server()}, trust=papers.trust()) as system:
+        assert system.fake is not None
+        raw = socket.create_connection(("127.0.0.1", system.fake.http_port), timeout=10)
+        idle = papers.trust().context().wrap_socket(raw, server_hostname="127.0.0.1")
+        idle.sendall(b"GET /noria/v1/status HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert idle.recv(15) == b"HTTP/1.1 200 OK"
+    while idle.recv(65536):
+        pass
+    idle.close()
 
 
 def issue_elsewhere(papers: Papers, name: str) -> Trust:
