@@ -19,7 +19,6 @@ from noria.tls import Trust
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PIECE_BYTES = 2**20
-MESSAGE_BYTES = 64 * 2**20
 QUICK_S = 30.0  # calls that do not generate
 UPLOAD_S = 300.0
 
@@ -141,7 +140,7 @@ class GrpcPlace:
         from noria.v1 import sampling_pb2_grpc
 
         self.address, self._timeout_s = address, timeout_s
-        sizes = [(f"grpc.max_{way}_message_length", MESSAGE_BYTES) for way in ("send", "receive")]
+        sizes = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]  # the server's limit holds
         # A channel that found nobody waits up to two minutes before it looks again; the pool has pauses of its own.
         again = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
         options = [*sizes, *again]
