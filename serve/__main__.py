@@ -47,6 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         from serve.engine import environment
 
         environment.set_environment(settings)
+        if not aside:
+            from serve.tls import certificates_of
+
+            certificates_of(settings.server.tls)  # a file that cannot be used is told at once
         if settings.engine.fast_start:
             environment.start_fork_server()
         import uvloop

@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack, contextmanager
 from noria.errors import NoriaError
 from noria.records import Json
 from noria.registry import Registry
-from noria.settings import Settings
+from noria.settings import ServerSettings, Settings, TlsSettings
 from noria.store import Store
 from serve.access.audit import Audit
 from serve.access.start import access_over, said_of_keys
@@ -24,9 +24,11 @@ from serve.doors import Doors, bind_http
 from serve.engine.launch import build_application, engine_flags, parse_flags
 from serve.engine.versions import ServingVersion, VersionGate
 from serve.live import version_aside
-from serve.process import Stop, answer_error, background, reachable, running_engine, watch, wrapped
+from serve.process import Stop, addresses, answer_error, background, certified, running_engine, watch, wrapped
 from serve.sampling.http import build_sampling_router
 from serve.sampling.start import sampling_over
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 async def run_aside(settings: Settings, version: str | None = None) -> int:
@@ -36,7 +38,9 @@ async def run_aside(settings: Settings, version: str | None = None) -> int:
     """
     stop = Stop()
     async with AsyncExitStack() as stack:
-        sock = bind_http(settings.server)
+        server = aside_settings(settings.server)
+        certificates = await stack.enter_async_context(certified(server))
+        sock = bind_http(server)
         stack.callback(sock.close)
         store = await asyncio.to_thread(Store.open, settings.store_url)
         stack.callback(store.close)
@@ -49,12 +53,13 @@ async def run_aside(settings: Settings, version: str | None = None) -> int:
         sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings, audit))
         app.add_exception_handler(NoriaError, answer_error)
         app.include_router(build_sampling_router(sampling))
-        doors = Doors(wrapped(app, gate, access, audit), app.state, sock, None, settings.server.shutdown_s)
+        tls = certificates.context if certificates else None
+        doors = Doors(wrapped(app, gate, access, audit), app.state, sock, None, server.shutdown_s, tls=tls)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         stack.push_async_callback(sampling.close)
         await doors.open()
-        url = f"http://{reachable(settings.server.host)}:{sock.getsockname()[1]}"
+        url = addresses(server, sock.getsockname()[1])["url"]
         stack.enter_context(_told(settings, {"url": url, "pid": os.getpid(), "version": gate.current.id}))
         await stack.enter_async_context(background(watch(engine, gate, stop), "watch"))
         print(f"noria: serving {gate.current.id} aside on {url}", flush=True)
@@ -62,6 +67,12 @@ async def run_aside(settings: Settings, version: str | None = None) -> int:
             print(f"noria: {note}", flush=True)
         await stop.asked.wait()
     return stop.code
+
+
+def aside_settings(server: ServerSettings) -> ServerSettings:
+    """The server's settings; a server that only this machine reaches (`noria eval` starts one) speaks no TLS, for which
+    no certificate would be in its name."""
+    return server.model_copy(update={"tls": TlsSettings()}) if server.host in LOOPBACK else server
 
 
 def _chosen(settings: Settings, store: Store, version: str | None) -> ServingVersion:

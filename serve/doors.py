@@ -10,10 +10,13 @@ import asyncio
 import logging
 import math
 import socket
+import ssl
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from noria.errors import SettingsError
 from noria.settings import ServerSettings
+from serve.tls import Https
 
 logger = logging.getLogger("noria.server")
 
@@ -35,19 +38,36 @@ def bind_http(settings: ServerSettings) -> socket.socket:
 class Doors:
     """HTTP and gRPC, started together and closed together."""
 
-    def __init__(self, app: Any, state: Any, sock: socket.socket, grpc_server: Any, shutdown_s: float) -> None:
+    def __init__(
+        self,
+        app: Any,
+        state: Any,
+        sock: socket.socket,
+        grpc_server: Any,
+        shutdown_s: float,
+        *,
+        tls: ssl.SSLContext | None = None,
+        before_close: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         """`app` is the wrapped application; `state` vLLM's, which its exception handler reads the server from.
 
-        Without a `grpc_server` there is HTTP alone.
+        Without a `grpc_server` there is HTTP alone; with `tls` it is HTTPS. `before_close` runs while both still take
+        calls: whoever watches the server's health learns of its end first.
         """
         import uvicorn
         from vllm.entrypoints.launchers.launcher import NoSignalServer
 
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(shutdown_s)
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=math.ceil(shutdown_s),
+            ssl_context_factory=None if tls is None else lambda *_: tls,
         )
-        self._http = state.server = NoSignalServer(config)
+        server = NoSignalServer if tls is None else type("HttpsServer", (Https, NoSignalServer), {})
+        self._http = state.server = server(config)
         self._sock, self._grpc, self._shutdown_s = sock, grpc_server, shutdown_s
+        self._before_close = before_close
         self._serving: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -62,6 +82,8 @@ class Doors:
 
     async def close(self) -> None:
         """Takes no new connection, lets running requests end within `shutdown_s`, then cancels them."""
+        if self._before_close is not None:
+            await self._before_close()
         self._http.should_exit = True
         grpc_stop = None if self._grpc is None else asyncio.ensure_future(self._grpc.stop(self._shutdown_s))
         if self._serving is not None:

@@ -23,7 +23,7 @@ from noria.blobs import Blobs
 from noria.errors import NoriaError
 from noria.records import Json, ProcessInfo
 from noria.registry import Registry
-from noria.settings import Settings
+from noria.settings import ServerSettings, Settings
 from noria.store import Store
 from serve.access.audit import Audit
 from serve.access.guards.http import AccessMiddleware
@@ -31,6 +31,7 @@ from serve.access.keys import Access
 from serve.access.start import access_over, said_of_keys
 from serve.api.chat import VllmChatBackend
 from serve.api.errors import error_response
+from serve.api.grpc.health import Health
 from serve.api.grpc.server import build_server
 from serve.api.handlers import Handlers
 from serve.api.http import build_router
@@ -45,6 +46,7 @@ from serve.live import choose_version
 from serve.release.releaser import Releaser
 from serve.sampling.http import build_sampling_router
 from serve.sampling.start import sampling_over
+from serve.tls import Certificates, certificates_of
 
 logger = logging.getLogger("noria.server")
 BEAT_S = 2.0
@@ -57,6 +59,7 @@ async def run(settings: Settings, model: str | None = None) -> int:
     """
     stop = Stop()
     async with AsyncExitStack() as stack:
+        certificates = await stack.enter_async_context(certified(settings.server))
         sock = bind_http(settings.server)
         stack.callback(sock.close)
         store = await asyncio.to_thread(Store.open, settings.store_url)
@@ -79,20 +82,34 @@ async def run(settings: Settings, model: str | None = None) -> int:
         app.include_router(build_router(handlers))
         server = settings.server
         chat = VllmChatBackend(app.state, gate)
+        health = Health()
+        gate.on_failure(health.engine_lost)
         grpc_server, grpc_port = await build_server(
-            handlers, chat, sampling, access, host=server.host, port=server.grpc_port
+            handlers,
+            chat,
+            sampling,
+            access,
+            host=server.host,
+            port=server.grpc_port,
+            health=health,
+            credentials=certificates.credentials() if certificates else None,
         )
-        doors = Doors(wrapped(app, gate, access, audit), app.state, sock, grpc_server, server.shutdown_s)
+        doors = Doors(
+            wrapped(app, gate, access, audit),
+            app.state,
+            sock,
+            grpc_server,
+            server.shutdown_s,
+            tls=certificates.context if certificates else None,
+            before_close=health.close,
+        )
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         stack.push_async_callback(sampling.close)  # before the doors: a group would hold them open
         releaser = Releaser(engine, gate, store, registry, settings, before_swap=sampling.forget_adapters)
         await stack.enter_async_context(background(releaser.run(), "release", before_end=_opened(gate, settings)))
         await doors.open()
-        info = {
-            "url": f"http://{reachable(server.host)}:{sock.getsockname()[1]}",
-            "grpc": f"{reachable(server.host)}:{grpc_port}",
-        }
+        info = addresses(server, sock.getsockname()[1], grpc_port)
         announcement = Announcement(settings.home, store, gate, capture, info)
         stack.callback(announcement.withdraw)
         await stack.enter_async_context(background(announcement.keep(), "heartbeat"))
@@ -184,6 +201,30 @@ async def _capture(store: Store, blobs: Blobs, settings: Settings) -> AsyncItera
         await capture.close()
         counts = capture.counts
         logger.info("capture closed", extra={"sent": counts.sent, "stored": counts.stored, "dropped": counts.dropped})
+
+
+@asynccontextmanager
+async def certified(server: ServerSettings) -> AsyncIterator[Certificates | None]:
+    """The certificates, looked after for as long as the block runs; None without TLS. Raises SettingsError."""
+    from prometheus_client import REGISTRY
+
+    found = certificates_of(server.tls)
+    if found is None:
+        yield None
+        return
+    REGISTRY.register(found)
+    try:
+        async with background(found.keep(), "certificates"):
+            yield found
+    finally:
+        REGISTRY.unregister(found)
+
+
+def addresses(server: ServerSettings, http_port: int, grpc_port: int | None = None) -> Json:
+    """`url`, and `grpc` where it listens: where clients on this machine find the two wires."""
+    host = server.tls.name if server.tls.on and server.tls.name else reachable(server.host)
+    found = {"url": f"{'https' if server.tls.on else 'http'}://{host}:{http_port}"}
+    return found if grpc_port is None else {**found, "grpc": f"{host}:{grpc_port}"}
 
 
 @asynccontextmanager

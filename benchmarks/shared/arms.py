@@ -70,7 +70,7 @@ def follow(noria: NoriaClient, method: str, settings: dict[str, object]) -> Trai
         if event["kind"] == "metrics" and "loss" in event["data"]:
             updates.append(event["data"])
     ended = noria.job(job["id"])
-    if ended["state"] != "succeeded":
+    if ended["state"] != "succeeded" or ended["finished_at"] is None or ended["version"] is None:
         raise TrainingError(f"job {ended['id']} {ended['state']} at stage {ended['stage']}: {ended['error']}")
     stages.append(("end", ended["finished_at"]))
     spent = {name: until - at for (name, at), (_, until) in pairwise(stages)}

@@ -53,7 +53,7 @@ class Place:
         settings = self.settings()
         running = None if settings.url else live_server(settings.home)
         url = settings.url or (str(running["url"]) if running else f"http://127.0.0.1:{settings.server.http_port}")
-        return NoriaClient(url, api_key=settings.shown_key)
+        return NoriaClient(url, api_key=settings.shown_key, trust=settings.trust)
 
     def ask(self, server: Callable[[NoriaClient], Any], store: Callable[[Store], Any]) -> Any:
         """What the server says or, where none is named and the home has none that runs, what its store says.

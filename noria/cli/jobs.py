@@ -7,6 +7,7 @@ Jobs are listed, shown and cancelled in the store where the home has no server: 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from noria.errors import Conflict, InvalidRequest, TrainingError
 
 if TYPE_CHECKING:
     from noria.client import NoriaClient
+    from noria.client.shapes import Job
     from noria.records import Json
     from noria.store import Store
 
@@ -135,7 +137,7 @@ def nested(pairs: list[str]) -> dict[str, Any]:
     return tree
 
 
-def raise_ended(job: Json) -> None:
+def raise_ended(job: Mapping[str, Any]) -> None:
     """Nothing for a job that succeeded.
 
     Raises TrainingError for a failed one, Conflict for a cancelled one or one whose version could not go live.
@@ -171,7 +173,7 @@ def _list(ctx: typer.Context, limit: int, as_json: bool) -> None:
     )
 
 
-def _wait(client: NoriaClient, job: Json) -> Json:
+def _wait(client: NoriaClient, job: Job) -> Job:
     """Follows the job with a progress bar on standard error; returns it as it ended."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -194,6 +196,6 @@ def _wait(client: NoriaClient, job: Json) -> Json:
     return ended
 
 
-def _error(job: Json) -> str | None:
+def _error(job: Mapping[str, Any]) -> str | None:
     error: Any = job.get("error")
     return str(error.get("message", error)) if isinstance(error, dict) else error

@@ -6,6 +6,7 @@ Must not import the store: these commands ask the server.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import typer
@@ -16,6 +17,7 @@ from noria.records import Json
 
 app = typer.Typer()
 
+Told = Mapping[str, Any]  # one of the wire's objects, to be read
 IN_USE = ("used", "held_out")
 
 
@@ -46,7 +48,7 @@ def why(ctx: typer.Context, as_json: AsJson = False) -> None:
     with place(ctx).client() as client:
         told, jobs, rollouts = client.status(), client.jobs(limit=1), client.rollouts(limit=1)
         job, made = (jobs[0] if jobs else None), None
-        if job and job.get("version"):
+        if job and job["version"]:
             made = client.version(job["version"])
     reasons = explain(told, job, made, rollouts[0] if rollouts else None)
     if as_json:
@@ -55,7 +57,7 @@ def why(ctx: typer.Context, as_json: AsJson = False) -> None:
         print_fields({name: part["text"] for name, part in reasons.items()})
 
 
-def explain(told: Json, job: Json | None, made: Json | None, rollout: Json | None) -> dict[str, Json]:
+def explain(told: Told, job: Told | None, made: Told | None, rollout: Told | None) -> dict[str, Json]:
     """The reasons, each with a `text` for people and the figures it was made of; `made` is the job's version."""
     trainer, running = told["trainer"], told["job"]
     if running:
@@ -78,7 +80,7 @@ def explain(told: Json, job: Json | None, made: Json | None, rollout: Json | Non
     return parts
 
 
-def snapshot_counts(job: Json, made: Json | None) -> dict[str, int]:
+def snapshot_counts(job: Told, made: Told | None) -> dict[str, int]:
     """What the job's snapshot used and left out, as the job says or the version that it made.
 
     Judgements by what became of them; prompts by their source; a recipe's rows and prompts by stage.
@@ -87,7 +89,7 @@ def snapshot_counts(job: Json, made: Json | None) -> dict[str, int]:
     return {key: int(value) for key, value in counts.items() if key != "total"}
 
 
-def _snapshot(counts: dict[str, int], job: Json) -> str:
+def _snapshot(counts: dict[str, int], job: Told) -> str:
     if not counts:
         return "not taken yet" if job["state"] in ("queued", "running") else "none was taken"
     reads = reads_of(job["method"])
@@ -99,7 +101,7 @@ def _snapshot(counts: dict[str, int], job: Json) -> str:
     return f"{used or 'nothing used'}; left out: {left or 'none'}"
 
 
-def _judgements(told: Json) -> dict[str, str]:
+def _judgements(told: Told) -> dict[str, str]:
     """Preferences and thumbs in words, and which of them start an automatic job of its method."""
     starting = started_by(told.get("method", "dpo"))
     found = {name: told[name] for name in ("preferences", "thumbs") if name in told}
@@ -110,7 +112,7 @@ def _judgements(told: Json) -> dict[str, str]:
     }
 
 
-def _trainer(trainer: Json, job: Json | None) -> str:
+def _trainer(trainer: Told, job: Told | None) -> str:
     if not trainer["alive"]:
         return "not running"
     if job:
@@ -119,13 +121,13 @@ def _trainer(trainer: Json, job: Json | None) -> str:
     return f"idle: {reason.removeprefix('idle: ')}"
 
 
-def _job(job: Json | None) -> str | None:
+def _job(job: Told | None) -> str | None:
     if job is None:
         return None
     return f"{job['id']} {job['state']}, stage {job['stage']}, {100 * job['progress']:.0f} %"
 
 
-def _ended(job: Json) -> str:
+def _ended(job: Told) -> str:
     text = f"{job['id']} {job['state']}"
     if job.get("version"):
         text += f", made {job['version']}"
@@ -135,7 +137,7 @@ def _ended(job: Json) -> str:
     return text
 
 
-def _rollout(rollout: Json) -> str:
+def _rollout(rollout: Told) -> str:
     text = f"{rollout['version']} {rollout['state']}"
     if rollout.get("finished_at"):
         text += f" at {when(rollout['finished_at'])}"

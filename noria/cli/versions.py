@@ -15,6 +15,7 @@ from noria.errors import Conflict
 
 if TYPE_CHECKING:
     from noria.client import NoriaClient
+    from noria.client.shapes import Rollout
     from noria.records import Json
 
 app = typer.Typer()
@@ -108,7 +109,7 @@ def flat(metrics: Json, under: str = "") -> Json:
     return found
 
 
-def _follow(client: NoriaClient, begun: Json, no_wait: bool, as_json: bool) -> None:
+def _follow(client: NoriaClient, begun: Rollout, no_wait: bool, as_json: bool) -> None:
     """Waits for the rollout's end. Raises Conflict when it failed."""
     if not no_wait:
         say(f"rollout {begun['id']} of {begun['version']} ...")

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from noria.client import NoriaClient
+from noria.client.shapes import Job
 from noria.demo.processes import running_system
 from noria.demo.questions import PICTURES, held_out, training
 from noria.demo.report import DemoResult, as_json, draw, table
@@ -149,7 +150,7 @@ def _record(noria: NoriaClient, answer: Answered) -> int:
     return 1
 
 
-def _retrain(noria: NoriaClient, clock: Clock, console: Console) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _retrain(noria: NoriaClient, clock: Clock, console: Console) -> tuple[Job, list[dict[str, Any]]]:
     """Starts a job, follows it to its end, and returns it with one dict per optimiser step."""
     job = noria.create_job(method="dpo", settings=TRAINING_SETTINGS, rollout="direct")
     steps: list[dict[str, Any]] = []
@@ -167,7 +168,7 @@ def _retrain(noria: NoriaClient, clock: Clock, console: Console) -> tuple[dict[s
             progress.update(task, description=label, completed=None if share is None else 100 * share)
         ended = noria.job(job["id"])
         progress.update(task, completed=100 if ended["state"] == "succeeded" else None)
-    if ended["state"] != "succeeded":
+    if ended["state"] != "succeeded" or ended["finished_at"] is None:
         raise TrainingError(f"job {ended['id']} {ended['state']} at stage {ended['stage']}: {ended['error']}")
     stages.append(("end", ended["finished_at"]))
     for (name, began), (_, ends) in pairwise(stages):

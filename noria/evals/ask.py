@@ -18,6 +18,7 @@ from noria.client import error_of
 from noria.errors import Conflict, InvalidRequest, Unavailable, UnsupportedModel
 from noria.evals.questions import Question, content_of
 from noria.records import Json
+from noria.tls import Trust
 
 PAUSES_S = (1.0, 4.0)  # before the second and the third try of a request that found nobody
 TIMEOUT_S = 600.0  # one answer, its wait in the queue included
@@ -31,6 +32,12 @@ class Target:
     version: str
     through: str
     api_key: str | None = None
+    trust: Trust = Trust()  # noqa: RUF009  frozen
+
+    @property
+    def verify(self) -> Any:
+        """httpx's `verify`. Raises SettingsError for files of `trust` that cannot be used."""
+        return self.trust.context() if self.url.startswith("https:") else True
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ def ask_all(
     headers = {"authorization": f"Bearer {target.api_key}"} if target.api_key else {}
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     pool = ThreadPoolExecutor(concurrency, thread_name_prefix="eval")
-    client = httpx.Client(base_url=target.url, headers=headers, timeout=TIMEOUT_S, limits=limits)
+    client = httpx.Client(base_url=target.url, headers=headers, timeout=TIMEOUT_S, limits=limits, verify=target.verify)
 
     def one(question: Question) -> Reply:
         reply = _ask(client, target, question, sampling)

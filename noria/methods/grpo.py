@@ -51,8 +51,8 @@ class GrpoSettings(Section):
     prompts: tuple[PromptSource, ...] = (PromptSource(),)
     """Where prompts come from, mixed by weight."""
     servers: tuple[str, ...] = ()
-    """Addresses of servers that sample, `http://host:port` or `grpc://host:port`; none is the setting `url` where it is
-    set, else every server of this home."""
+    """Addresses of servers that sample, `http://`, `https://`, `grpc://` or `grpcs://host:port`; none is the setting
+    `url` where it is set, else every server of this home. `tls_ca` says whose certificates are trusted."""
     concurrency: int = Field(8, ge=1)
     """Groups under way at each of them at once."""
     wait_s: float = Field(600.0, ge=0)

@@ -1,7 +1,7 @@
 """One address that samples, over HTTP or gRPC: the same four calls, the same JSON, the same errors.
 
-Comes in: `http://host:port`, `https://..` or `grpc://host:port`. Goes out: a `Place`. gRPC is the leaner of the two
-where prompts have pictures: they travel as bytes.
+Comes in: `http://host:port`, `https://..`, `grpc://..` or `grpcs://host:port` (TLS, as https). Goes out: a `Place`.
+gRPC is the leaner of the two where prompts have pictures: they travel as bytes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from urllib.parse import quote
 from noria.client import error_of
 from noria.errors import InvalidRequest, NoriaError, Unavailable
 from noria.records import Json
+from noria.tls import Trust
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PIECE_BYTES = 2**20
-MESSAGE_BYTES = 64 * 2**20
 QUICK_S = 30.0  # calls that do not generate
 UPLOAD_S = 300.0
 
@@ -49,17 +49,24 @@ class Place(Protocol):
         ...
 
 
-def place_at(address: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> Place:
+def place_at(
+    address: str, *, api_key: str | None = None, timeout_s: float = 600.0, trust: Trust | None = None
+) -> Place:
     """The place at an address. `timeout_s` bounds one group, its wait for a gap between users included.
 
-    Raises InvalidRequest for an address of another kind.
+    `trust` is for https and grpcs; none trusts the system's authorities. Raises InvalidRequest for an address of
+    another kind, SettingsError for files of `trust` that cannot be used.
     """
     scheme, found, rest = address.rstrip("/").partition("://")
+    secure = (trust or Trust()) if scheme in ("https", "grpcs") else None
     if found and rest and scheme in ("http", "https"):
-        return HttpPlace(address.rstrip("/"), api_key, timeout_s)
-    if found and rest and scheme == "grpc":
-        return GrpcPlace(address.rstrip("/"), rest, api_key, timeout_s)
-    raise InvalidRequest(f"{address}: a sampling address is http://host:port or grpc://host:port", param="addresses")
+        return HttpPlace(address.rstrip("/"), api_key, timeout_s, secure)
+    if found and rest and scheme in ("grpc", "grpcs"):
+        return GrpcPlace(address.rstrip("/"), rest, api_key, timeout_s, secure)
+    raise InvalidRequest(
+        f"{address}: a sampling address is http://host:port or grpc://host:port, with TLS https:// or grpcs://",
+        param="addresses",
+    )
 
 
 def framed(folder: Path) -> Iterator[bytes]:
@@ -74,13 +81,14 @@ def framed(folder: Path) -> Iterator[bytes]:
 class HttpPlace:
     """Over HTTP."""
 
-    def __init__(self, address: str, api_key: str | None, timeout_s: float) -> None:
+    def __init__(self, address: str, api_key: str | None, timeout_s: float, trust: Trust | None = None) -> None:
         import httpx
 
         self.address, self._timeout_s = address, timeout_s
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
-        self._http = httpx.Client(base_url=address, headers=headers, timeout=QUICK_S, limits=limits)
+        verify: Any = True if trust is None else trust.context()
+        self._http = httpx.Client(base_url=address, headers=headers, timeout=QUICK_S, limits=limits, verify=verify)
 
     def put_adapter(self, name: str, version: str, ttl_s: float, folder: Path) -> Json:
         """PUT /noria/v1/adapters/NAME."""
@@ -124,16 +132,22 @@ class HttpPlace:
 class GrpcPlace:
     """Over gRPC."""
 
-    def __init__(self, address: str, target: str, api_key: str | None, timeout_s: float) -> None:
+    def __init__(
+        self, address: str, target: str, api_key: str | None, timeout_s: float, trust: Trust | None = None
+    ) -> None:
         import grpc
 
         from noria.v1 import sampling_pb2_grpc
 
         self.address, self._timeout_s = address, timeout_s
-        sizes = [(f"grpc.max_{way}_message_length", MESSAGE_BYTES) for way in ("send", "receive")]
+        sizes = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]  # the server's limit holds
         # A channel that found nobody waits up to two minutes before it looks again; the pool has pauses of its own.
         again = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
-        self._channel = grpc.insecure_channel(target, options=[*sizes, *again])
+        options = [*sizes, *again]
+        if trust is None:
+            self._channel = grpc.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.secure_channel(target, trust.channel_credentials(), options=options)
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._stub = sampling_pb2_grpc.SamplingServiceStub(self._channel)
 

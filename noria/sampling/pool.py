@@ -26,6 +26,7 @@ from noria.errors import Conflict, InvalidRequest, NoriaError, NotFound, Superse
 from noria.records import Json
 from noria.sampling.places import Place, place_at
 from noria.sampling.records import Drawing, Group, group_of
+from noria.tls import Trust
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 GIVE_UP_S = 300.0
@@ -96,15 +97,17 @@ class SamplingPool:
         concurrency: int = 4,
         timeout_s: float = 600.0,
         give_up_s: float = GIVE_UP_S,
+        trust: Trust | None = None,
         connect: Callable[[str], Place] | None = None,
     ) -> None:
         """`concurrency` groups are under way at each address at once; `timeout_s` bounds one of them.
 
-        When no address has answered for `give_up_s`, sampling raises. Raises InvalidRequest for a wrong address.
+        When no address has answered for `give_up_s`, sampling raises. `trust` is for https and grpcs. Raises
+        InvalidRequest for a wrong address, SettingsError for files of `trust` that cannot be used.
         """
         if not addresses:
             raise InvalidRequest("name at least one sampling address", param="addresses")
-        at = connect or (lambda address: place_at(address, api_key=api_key, timeout_s=timeout_s))
+        at = connect or (lambda address: place_at(address, api_key=api_key, timeout_s=timeout_s, trust=trust))
         self.members = [Member(at(address)) for address in dict.fromkeys(addresses)]
         self._concurrency, self._give_up_s = concurrency, give_up_s
         self._adapters: dict[str, Held] = {}

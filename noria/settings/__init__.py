@@ -4,10 +4,12 @@ from noria.settings.keeping import CaptureSettings, StoreSettings
 from noria.settings.serving import EngineSettings, ReleaseSettings, SamplingSettings, ServerSettings
 from noria.settings.training import PolicySettings, QuantizeSettings, TrainSettings, VerifySettings
 from noria.settings.tree import Settings, load_settings, override_train
+from noria.settings.wire import GrpcSettings, TlsSettings
 
 __all__ = [
     "CaptureSettings",
     "EngineSettings",
+    "GrpcSettings",
     "PolicySettings",
     "QuantizeSettings",
     "ReleaseSettings",
@@ -15,6 +17,7 @@ __all__ = [
     "ServerSettings",
     "Settings",
     "StoreSettings",
+    "TlsSettings",
     "TrainSettings",
     "VerifySettings",
     "load_settings",

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, SecretStr
 
 from noria.module_settings import Section
+from noria.settings.wire import GrpcSettings, TlsSettings
 
 
 class ServerSettings(Section):
@@ -32,6 +33,8 @@ class ServerSettings(Section):
     make the server ask others for keys."""
     insecure: bool = False
     """Listen on other addresses than this machine's own without any key. Whoever reaches the port is an operator."""
+    tls: TlsSettings = TlsSettings()
+    grpc: GrpcSettings = GrpcSettings()
 
 
 class EngineSettings(Section):

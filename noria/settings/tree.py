@@ -26,6 +26,7 @@ from noria.methods.table import METHODS
 from noria.settings.keeping import CaptureSettings, StoreSettings
 from noria.settings.serving import EngineSettings, ReleaseSettings, SamplingSettings, ServerSettings
 from noria.settings.training import TrainSettings
+from noria.tls import Trust
 
 
 class Settings(BaseSettings):
@@ -45,6 +46,13 @@ class Settings(BaseSettings):
     """NORIA_URL: where commands find the server; none is the home's own, else server.http_port here."""
     api_key: SecretStr | None = None
     """NORIA_API_KEY: the key that commands and the trainer show to a server; none is server.api_key."""
+    tls_ca: Path | None = None
+    """NORIA_TLS_CA: PEM file of the authorities whose servers commands and the trainer trust; none is the system's."""
+    tls_cert: Path | None = None
+    """NORIA_TLS_CERT: PEM file of the certificate that commands and the trainer show to a server with
+    `server.tls.client_ca`."""
+    tls_key: Path | None = None
+    """NORIA_TLS_KEY: PEM file of its private key."""
     server: ServerSettings = ServerSettings()
     engine: EngineSettings = EngineSettings()
     sampling: SamplingSettings = SamplingSettings()
@@ -78,6 +86,11 @@ class Settings(BaseSettings):
         """The key to show to a server, or None."""
         key = self.api_key or self.server.api_key
         return key.get_secret_value() if key else None
+
+    @property
+    def trust(self) -> Trust:
+        """Whom commands and the trainer trust, and what they show themselves."""
+        return Trust(self.tls_ca, self.tls_cert, self.tls_key)
 
     @property
     def store_url(self) -> str:

@@ -81,6 +81,7 @@ class VersionGate:
         self._sweepers: list[Callable[[], None]] = []
         self._listeners: list[Callable[[ServingVersion], None]] = []
         self._user_listeners: list[Callable[[int], None]] = []
+        self._failure_listeners: list[Callable[[], None]] = []
         self._failure: str | None = None
 
     def on_drain(self, sweep: Callable[[], None]) -> None:
@@ -95,6 +96,10 @@ class VersionGate:
     def on_users(self, listener: Callable[[int], None]) -> None:
         """Has `listener` called with the number of users' requests inside whenever it changes."""
         self._user_listeners.append(listener)
+
+    def on_failure(self, listener: Callable[[], None]) -> None:
+        """Has `listener` called when the gate fails."""
+        self._failure_listeners.append(listener)
 
     @property
     def current(self) -> ServingVersion:
@@ -127,6 +132,8 @@ class VersionGate:
         """
         self._failure = message
         self._open.set()
+        for listener in self._failure_listeners:
+            listener()
 
     async def admit(self, trace: Trace) -> ServingVersion:
         """Waits until the gate is open, then binds the trace to the current version. Pair it with `release`.

@@ -15,7 +15,7 @@ from pathlib import Path
 MODULE_LINES = 400
 FUNCTION_LINES = 60
 FOLDER_MODULES = 8
-ROOTS = ("noria", "serve", "train", "tests", "proto", "deploy", "benchmarks")
+ROOTS = ("noria", "serve", "train", "tests", "proto", "deploy", "benchmarks", "examples")
 GENERATED = ("noria/v1",)
 ANY_NUMBER = ("tests",)
 

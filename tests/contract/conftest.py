@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from noria.records import Json
 from noria.settings import Settings
 from noria.store import Store
+from noria.tls import Trust
 from tests.contract.doors import Door, GrpcDoor, HttpDoor
 from tests.contract.fake_engine import FakeSystem
 from tests.servers import publish_tiny, start_server
@@ -30,6 +32,7 @@ class System:
     home: Path
     http: HttpDoor
     grpc: GrpcDoor
+    fake: FakeSystem | None = None
 
     @contextmanager
     def store(self) -> Iterator[Store]:
@@ -39,16 +42,20 @@ class System:
 
 
 @contextmanager
-def fake_system(home: Path, api_key: str | None = None) -> Iterator[System]:
-    """A system over the fake engine."""
-    fake = FakeSystem(home, api_key)
+def fake_system(
+    home: Path, api_key: str | None = None, server: Json | None = None, trust: Trust | None = None
+) -> Iterator[System]:
+    """A system over the fake engine; with `trust` its doors are TLS's."""
+    fake = FakeSystem(home, api_key, server=server)
     fake.start()
+    scheme = "http" if trust is None else "https"
     try:
         yield System(
             "fake",
             home,
-            HttpDoor(f"http://127.0.0.1:{fake.http_port}", api_key),
-            GrpcDoor(f"127.0.0.1:{fake.grpc_port}", api_key),
+            HttpDoor(f"{scheme}://127.0.0.1:{fake.http_port}", api_key, trust),
+            GrpcDoor(f"127.0.0.1:{fake.grpc_port}", api_key, trust),
+            fake,
         )
     finally:
         fake.stop()

@@ -17,6 +17,7 @@ from google.protobuf import json_format
 
 from noria.errors import WIRE
 from noria.records import Json
+from noria.tls import Trust
 from noria.v1 import (
     feedback_pb2,
     feedback_pb2_grpc,
@@ -113,9 +114,10 @@ class HttpDoor:
 
     name = "http"
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
+    def __init__(self, url: str, api_key: str | None = None, trust: Trust | None = None) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self.client = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S)
+        verify: Any = True if trust is None else trust.context()
+        self.client = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S, verify=verify)
 
     def chat(self, text: str, image: bytes | None = None, **more: Any) -> Json:
         """POST /v1/chat/completions."""
@@ -207,8 +209,12 @@ class GrpcDoor:
 
     name = "grpc"
 
-    def __init__(self, address: str, api_key: str | None = None) -> None:
-        self.channel = grpc.insecure_channel(address)
+    def __init__(self, address: str, api_key: str | None = None, trust: Trust | None = None) -> None:
+        self.channel = (
+            grpc.insecure_channel(address)
+            if trust is None
+            else grpc.secure_channel(address, trust.channel_credentials())
+        )
         self._options: Json = {"timeout": TIMEOUT_S}
         if api_key:
             self._options["metadata"] = (("authorization", f"Bearer {api_key}"),)

@@ -12,7 +12,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from serve.access.guards.http import AccessMiddleware
 from serve.access.keys import Access
 from serve.api.chat import begin_trace
 from serve.api.errors import error_response
+from serve.api.grpc.health import Health
 from serve.api.grpc.server import build_server
 from serve.api.handlers import Handlers
 from serve.api.http import build_router
@@ -46,6 +47,7 @@ from serve.sampling.adapters.shelf import AdapterShelf
 from serve.sampling.http import build_sampling_router
 from serve.sampling.service import Sampling
 from serve.sampling.turns import Turns
+from serve.tls import Https, certificates_of
 from tests.contract.fake_sampling import FakeSamplingEngine
 from tests.unit.sampling.adapters import write_serving
 
@@ -175,13 +177,22 @@ def chat_app(chat: FakeChat, routers: Sequence[APIRouter], gate: VersionGate, ac
     return AccessMiddleware(TraceMiddleware(app, gate), access, audit)
 
 
-class FakeSystem:
-    """Everything of a server but vLLM, listening on two free ports; `adapters` is `engine.policy_adapters`."""
+class HttpsServer(Https, uvicorn.Server):
+    """What `serve.doors` makes of vLLM's server."""
 
-    def __init__(self, home: Path, api_key: str | None = None, adapters: int = 2) -> None:
+
+class FakeSystem:
+    """Everything of a server but vLLM, listening on two free ports.
+
+    `adapters` is `engine.policy_adapters`, `server` more of the settings' section of that name.
+    """
+
+    def __init__(self, home: Path, api_key: str | None = None, adapters: int = 2, server: Json | None = None) -> None:
         self.home = home
-        server = {"api_key": api_key} if api_key else {}
-        self._settings = Settings(home=home, server=server)
+        keyed = {"api_key": api_key} if api_key else {}
+        self._settings = Settings(home=home, server={**keyed, **(server or {})})
+        self.certificates = certificates_of(self._settings.server.tls)
+        self.health: Health
         home.mkdir(parents=True, exist_ok=True)
         self._ready = threading.Event()
         self._stop = asyncio.Event()
@@ -203,7 +214,18 @@ class FakeSystem:
         """Closes both doors and what is behind them."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(30)
+            self._thread.join(20)
+            if self._thread.is_alive():
+                raise RuntimeError("the fake system did not end")
+
+    def on_loop(self, call: Callable[[], Any]) -> Any:
+        """What the call gives, made on the event loop; a coroutine's result."""
+
+        async def made() -> Any:
+            found = call()
+            return await found if asyncio.iscoroutine(found) else found
+
+        return asyncio.run_coroutine_threadsafe(made(), self._loop).result(30)
 
     def swap(self, version: ServingVersion) -> None:
         """Has another version serve, in the releaser's order."""
@@ -213,7 +235,7 @@ class FakeSystem:
                 await self.sampling.forget_adapters()
                 self.gate.set_current(version)
 
-        asyncio.run_coroutine_threadsafe(change(), self._loop).result(30)
+        self.on_loop(change)
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -234,18 +256,39 @@ class FakeSystem:
             stored = build_stored_router(store, blobs, capture, audit)
             routers = (stored, build_sampling_router(sampling), build_router(handlers))
             keeping = asyncio.create_task(sampling.keep())
-            rpc, self.grpc_port = await build_server(handlers, self.chat, sampling, access, host="127.0.0.1", port=0)
+            self.health, tls = Health(), self.certificates
+            gate.on_failure(self.health.engine_lost)
+            credentials = tls and tls.credentials()
+            rpc, self.grpc_port = await build_server(
+                handlers,
+                self.chat,
+                sampling,
+                access,
+                host="127.0.0.1",
+                port=0,
+                health=self.health,
+                credentials=credentials,
+            )
             await rpc.start()
             await self._serve_http(chat_app(self.chat, routers, gate, access, audit))
             keeping.cancel()
             await sampling.close()
+            await self.health.close()
             await rpc.stop(1)
             await access.close()
             await capture.close()
 
     async def _serve_http(self, app: Any) -> None:
-        config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off")
-        http, listening = uvicorn.Server(config), config.bind_socket()
+        tls = self.certificates
+        config = uvicorn.Config(
+            app,
+            port=0,
+            log_level="warning",
+            lifespan="off",
+            ssl_context_factory=(lambda *_: tls.context) if tls else None,
+        )
+        http = HttpsServer(config) if tls else uvicorn.Server(config)
+        listening = config.bind_socket()
         listening.listen()
         self.http_port = listening.getsockname()[1]
         task = asyncio.create_task(http.serve(sockets=[listening]))

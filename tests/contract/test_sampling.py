@@ -20,7 +20,8 @@ import pytest
 from noria.errors import Conflict, InvalidRequest, NoriaError, NotFound, Superseded, Unauthenticated, Unavailable
 from noria.records import Json
 from noria.sampling import Drawing, SamplingPool
-from noria.sampling.places import MESSAGE_BYTES, Place, place_at
+from noria.sampling.places import Place, place_at
+from noria.settings import GrpcSettings
 from noria.v1 import sampling_pb2, sampling_pb2_grpc
 from serve.engine.versions import ServingVersion, Trace
 from tests.contract.doors import chat_body
@@ -204,7 +205,7 @@ def test_requests_that_are_refused(door: Place, body: Json, param: str) -> None:
 def test_a_message_that_is_too_large_is_refused_and_not_asked_again(doors: tuple[Place, Place]) -> None:
     """gRPC has a limit; were the address taken for dead, a pool would ask for ever."""
     with pytest.raises(InvalidRequest, match="takes no such message"):
-        doors[1].sample({"messages": [{"role": "user", "content": "x" * (MESSAGE_BYTES + 1)}]})
+        doors[1].sample({"messages": [{"role": "user", "content": "x" * (GrpcSettings().max_message_mib * 2**20 + 1)}]})
 
 
 def test_a_temperature_that_the_engine_cannot_tell_of_is_refused(door: Place, fake: FakeSystem) -> None:

@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from noria.client import NoriaClient
+from noria.client.shapes import Rollout
 from noria.records import Json
 from noria.registry import ManifestDraft, Registry
 from noria.settings import VerifySettings
@@ -66,7 +67,7 @@ class World:
         """The checkpoint folder of a published version."""
         return str(self.server.home / "models" / self.versions[name] / "serving")
 
-    def roll_out(self, name: str) -> Json:
+    def roll_out(self, name: str) -> Rollout:
         """Rolls a version out and waits for the end."""
         return self.noria.wait_rollout(self.noria.create_rollout(self.versions[name])["id"], poll_s=0.05)
 
@@ -245,12 +246,12 @@ async def test_swaps_under_load_lose_nothing_and_mix_nothing(world: World) -> No
     telling = [p for p in steady if reference[v1][p] != reference[v2][p]]
     assert len(telling) >= len(PROMPTS) // 2, f"too few prompts tell the versions apart: {reference}"
 
-    rollouts: list[Json] = []
+    rollouts: list[Rollout] = []
 
     async def swap(seen: Traffic) -> None:
         for _ in range(ROUND_TRIPS):
             for name in ("v1", "v2"):
-                await answered(seen, world.noria.status()["live"], CLIENTS)
+                await answered(seen, str(world.noria.status()["live"]), CLIENTS)
                 rollouts.append(await asyncio.to_thread(world.roll_out, name))
         await answered(seen, v2, CLIENTS)
 
@@ -299,7 +300,7 @@ def test_a_bad_checkpoint_changes_nothing(world: World, name: str) -> None:
     weights = world.rpc("checksum_weights")
     rollout = world.roll_out(name)
     says = {"truncated": "truncated", "other_probe": "differ from the verifier's"}.get(name) or BAD[name][1]
-    assert rollout["state"] == "failed" and says in rollout["reason"]
+    assert rollout["state"] == "failed" and says in str(rollout["reason"])
     status = world.noria.status()
     assert (status["live"], status["serving"]) == (world.versions["v1"],) * 2
     assert exact(world) == before

@@ -22,6 +22,7 @@ from PIL import Image
 
 from noria.blobs import Blobs
 from noria.client import NoriaClient
+from noria.client.shapes import Rollout
 from noria.module_settings import ResolvedPolicy
 from noria.records import Json, Module
 from noria.registry import Manifest, ManifestDraft, Registry
@@ -65,7 +66,7 @@ class World:
     noria: NoriaClient
     registry: Registry
 
-    def roll_out(self, version: str) -> Json:
+    def roll_out(self, version: str) -> Rollout:
         """Rolls a version out and waits for the end."""
         return self.noria.wait_rollout(self.noria.create_rollout(version)["id"], poll_s=0.05)
 
@@ -235,7 +236,7 @@ def test_the_probe_sees_a_tower_that_is_another_version_s(world: World) -> None:
     assert world.noria.status()["serving"] == "v1" or world.roll_out("v1")["state"] == "succeeded"
     before = world.answers()
     rollout = world.roll_out("v4")
-    assert rollout["state"] == "failed" and "over the image prompts" in rollout["reason"], rollout
+    assert rollout["state"] == "failed" and "over the image prompts" in str(rollout["reason"]), rollout
     assert world.answers() == before
 
 
@@ -246,4 +247,4 @@ def test_frozen_hashes_that_are_not_the_parent_s_are_refused(world: World) -> No
     shutil.copytree(world.serving("v2"), staging / "serving")
     shutil.copy(world.registry.path("v2") / "probe.json", staging / "probe.json")
     rollout = world.roll_out(world.registry.publish(staging, draft).id)
-    assert rollout["state"] == "failed" and "vision_tower hashes to" in rollout["reason"]
+    assert rollout["state"] == "failed" and "vision_tower hashes to" in str(rollout["reason"])

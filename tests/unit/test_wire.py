@@ -119,6 +119,54 @@ def test_a_contradictory_chat_request_names_the_field(change: Any, param: str) -
     assert caught.value.param == param
 
 
+def test_json_texts_keep_order_and_whole_numbers() -> None:
+    """What a Struct forgets: a schema's properties are generated in their order."""
+    schema = '{"type":"object","properties":{"zeta":{"maximum":9007199254740993},"mid":{},"alpha":{}}}'
+    request = inference_pb2.CreateChatCompletionRequest(
+        tools_json=f'[{{"type":"function","function":{{"name":"f","parameters":{schema}}}}}]',
+        tool_choice_json='{"type":"function","function":{"name":"f"}}',
+        response_format_json=f'{{"type":"json_schema","json_schema":{{"name":"s","schema":{schema}}}}}',
+        extra_json='{"logit_bias":{"9":1.5},"min_p":0.25}',
+    )
+    body = request_to_openai(request)
+    for properties in (
+        body["tools"][0]["function"]["parameters"]["properties"],
+        body["response_format"]["json_schema"]["schema"]["properties"],
+    ):
+        assert list(properties) == ["zeta", "mid", "alpha"]
+        assert properties["zeta"]["maximum"] == 2**53 + 1
+    assert body["tool_choice"] == {"type": "function", "function": {"name": "f"}}
+    assert (body["logit_bias"], body["min_p"]) == ({"9": 1.5}, 0.25)
+    assert not {key for key in body if key.endswith("_json")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"tools_json": "{}"}, "tools_json", "has to be a list"),
+        ({"response_format_json": "[]"}, "response_format_json", "has to be an object"),
+        ({"extra_json": "{"}, "extra_json", "this is not JSON"),
+        ({"extra_json": '{"min_p":NaN}'}, "extra_json", "NaN is no number"),
+        ({"extra_json": "[" * 100_000}, "extra_json", "this is not JSON"),
+        ({"extra_json": '{"temperature":1}'}, "extra.temperature", "has a field"),
+        ({"extra_json": "{}", "extra": {"min_p": 0.5}}, "extra", "give extra or extra_json, not both"),
+        ({"response_format": {"a": [{"b": 2.0**53}]}}, "response_format.a.0.b", "response_format_json"),
+        ({"extra": {"min_p": float("inf")}}, "extra.min_p", "extra_json"),
+    ],
+)
+def test_json_that_cannot_be_meant_is_refused(fields: Json, param: str, said: str) -> None:
+    """Rather than another number, another order, or nothing."""
+    request = inference_pb2.CreateChatCompletionRequest(
+        **{key: value for key, value in fields.items() if key.endswith("_json")}
+    )
+    for key, value in fields.items():
+        if not key.endswith("_json"):
+            getattr(request, key).update(value)
+    with pytest.raises(InvalidRequest, match=said) as caught:
+        request_to_openai(request)
+    assert caught.value.param == param
+
+
 def test_pictures_are_recognised() -> None:
     """By their first bytes."""
     assert recognised(b"RIFF1234WEBPVP8 ") == "image/webp"

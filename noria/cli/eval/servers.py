@@ -33,7 +33,7 @@ def server_of(here: Place, settings: Settings, version: str) -> Iterator[Target]
     key = settings.shown_key
     url = running_url(here, settings, version, key)
     if url is not None:
-        yield Target(url, version, "live", key)
+        yield Target(url, version, "live", key, settings.trust)
         return
     say(f"starting a server for {version} beside what is live ...")
     with aside(here, settings, version) as told:
@@ -50,7 +50,7 @@ def running_url(here: Place, settings: Settings, version: str, api_key: str | No
         return None
     url = here.url or str(told["url"] if told else "")
     try:
-        with NoriaClient(url, api_key=api_key) as client:
+        with NoriaClient(url, api_key=api_key, trust=settings.trust) as client:
             return url if client.status().get("serving") == version else None
     except Unavailable:
         if here.url is not None:

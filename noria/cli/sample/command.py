@@ -88,7 +88,7 @@ def _sampled(target: Target, asked: Sequence[Prompt], drawing: Drawing) -> list[
     from noria.sampling import SamplingPool
 
     try:
-        with SamplingPool([target.url], api_key=target.api_key, give_up_s=30.0) as pool:
+        with SamplingPool([target.url], api_key=target.api_key, give_up_s=30.0, trust=target.trust) as pool:
             found = list(pool.sample([one.messages for one in asked], drawing, version=target.version))
     except Superseded as error:
         raise Conflict(f"{target.version} no longer serves: {error.message}", code=error.code) from error

@@ -7,14 +7,17 @@ Must not import vllm or fastapi.
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterable
 from typing import Any
 
 from noria.errors import InvalidRequest
 from noria.records import Json
 from noria.v1 import inference_pb2 as pb
-from serve.api.grpc.convert import to_dict
+from serve.api.grpc.convert import refuse_inexact, to_dict
 
+JSON_TEXTS = {"tools": list, "tool_choice": object, "response_format": dict, "extra": dict}
+"""Fields with a twin `.._json`, and what its text has to hold."""
 MAGIC = (
     (b"\x89PNG\r\n\x1a\n", "image/png"),
     (b"\xff\xd8\xff", "image/jpeg"),
@@ -28,12 +31,35 @@ MAGIC = (
 def request_to_openai(request: Any) -> Json:
     """The body that the same request has on HTTP. Raises InvalidRequest."""
     body = to_dict(request)
+    for name, kind in JSON_TEXTS.items():
+        refuse_inexact(body.get(name), name)
+        text = body.pop(f"{name}_json", None)
+        if text is not None:
+            if name in body:
+                raise InvalidRequest(f"give {name} or {name}_json, not both", param=name)
+            body[name] = json_text(text, kind, f"{name}_json")
     extra = body.pop("extra", {})
     for key in extra:
         if key in pb.CreateChatCompletionRequest.DESCRIPTOR.fields_by_name or key in ("stream", "stream_options"):
             raise InvalidRequest(f"extra.{key}: this message has a field or a method for it", param=f"extra.{key}")
     body["messages"] = messages_to_openai(request.messages)
     return {**body, **extra}
+
+
+def json_text(text: str, kind: type, where: str) -> Any:
+    """What a JSON text holds, its keys in order. Raises InvalidRequest where it is no JSON or not of that kind."""
+    try:
+        value = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{where}: this is not JSON: {error}", param=where) from error
+    if not isinstance(value, kind):
+        wanted = "a list" if kind is list else "an object"
+        raise InvalidRequest(f"{where}: this has to be {wanted} in JSON", param=where)
+    return value
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number")
 
 
 def messages_to_openai(messages: Iterable[Any]) -> list[Json]:

@@ -6,13 +6,16 @@ The messages' field names are the HTTP bodies' keys, so that no table is needed.
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 from google.protobuf import json_format, struct_pb2
 
+from noria.errors import InvalidRequest
 from noria.records import Json
 
 M = TypeVar("M")
+EXACT = 2**53  # whole numbers below it are themselves in a double
 
 
 def to_dict(message: Any) -> Json:
@@ -47,10 +50,26 @@ def plain(value: Any) -> Any:
         return [plain(one) for one in value.list_value.values]
     if kind == "number_value":
         number = value.number_value
-        return int(number) if number.is_integer() and abs(number) < 2**53 else number
+        return int(number) if number.is_integer() and abs(number) < EXACT else number
     if kind in (None, "null_value"):
         return None
     return getattr(value, kind)
+
+
+def refuse_inexact(value: Any, where: str) -> None:
+    """Raises InvalidRequest for numbers that a Struct cannot hold: the caller's may have been another one."""
+    if isinstance(value, float) and (not math.isfinite(value) or abs(value) >= EXACT):
+        raise InvalidRequest(
+            f"{where}: {value:g} is beyond what a Struct's numbers hold exactly; send JSON text instead "
+            f"({where.partition('.')[0]}_json)",
+            param=where,
+        )
+    if isinstance(value, dict):
+        for key, one in value.items():
+            refuse_inexact(one, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, one in enumerate(value):
+            refuse_inexact(one, f"{where}.{index}")
 
 
 def fill(kind: type[M], values: Json) -> M:

@@ -50,6 +50,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
                 if not named:
                     await self._name_version(context, one)
                     named = True
+                context.disable_next_message_compression()  # a few words grow by it
                 await context.write(chunk(one))
 
     async def _name_version(self, context: Any, answer: Json) -> None:
@@ -127,6 +128,7 @@ class Operator(operator_pb2_grpc.OperatorServiceServicer):
             aclosing(await self._handlers.watch_job(request.id, request.after)) as events,
         ):
             async for event in events:
+                context.disable_next_message_compression()
                 await context.write(fill(operator_pb2.JobEvent, event))
 
     async def ListVersions(self, request: Any, context: Any) -> Any:

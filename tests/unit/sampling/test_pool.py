@@ -263,7 +263,7 @@ def test_prompts_are_taken_as_they_are_needed_and_their_errors_are_raised(places
 
 
 def test_an_address_has_a_scheme() -> None:
-    for address in ("127.0.0.1:8000", "ftp://x", "grpc://", ""):
+    for address in ("127.0.0.1:8000", "ftp://x", "grpc://", "grpcs://", ""):
         with pytest.raises(InvalidRequest, match="http://host:port or grpc://host:port"):
             place_at(address)
     with pytest.raises(InvalidRequest, match="at least one"):

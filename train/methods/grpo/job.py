@@ -315,7 +315,8 @@ def _lent(
     key = key_of(grpo.servers, ctx.settings)
 
     def pool(found: Sequence[str]) -> SamplingPool:
-        return SamplingPool(found, api_key=key, concurrency=grpo.concurrency, give_up_s=GIVE_UP_S)
+        trust = ctx.settings.trust
+        return SamplingPool(found, api_key=key, concurrency=grpo.concurrency, give_up_s=GIVE_UP_S, trust=trust)
 
     with Servers(addresses(grpo.servers, ctx.settings, ctx.store), pool) as servers:
         yield Means(
