@@ -18,6 +18,7 @@ from noria.records import Json
 from noria.registry import Registry
 from noria.settings import Settings
 from noria.store import Store
+from serve.access.limits.metrics import limits_over
 from serve.doors import Doors, bind_http
 from serve.engine.launch import build_application, engine_flags, parse_flags
 from serve.engine.versions import ServingVersion, VersionGate
@@ -39,11 +40,13 @@ async def run_aside(settings: Settings, version: str | None = None) -> int:
         gate = VersionGate(await asyncio.to_thread(_chosen, settings, version))
         args = parse_flags(engine_flags(settings, gate.current.path, gate.current.id))
         engine = await stack.enter_async_context(running_engine(args, settings))
+        sequences = engine.vllm_config.scheduler_config.max_num_seqs
+        limits = await stack.enter_async_context(limits_over(settings.limits, sequences))
         app = await build_application(engine, args, gate, None, settings)
         sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings))
         app.add_exception_handler(NoriaError, answer_error)
         app.include_router(build_sampling_router(sampling, key_of(settings)))
-        doors = Doors(wrapped(app, gate, settings), app.state, sock, None, settings.server.shutdown_s)
+        doors = Doors(wrapped(app, gate, settings, limits), app.state, sock, None, settings.server.shutdown_s)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         stack.push_async_callback(sampling.close)

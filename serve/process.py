@@ -25,6 +25,10 @@ from noria.records import Json, ProcessInfo
 from noria.registry import Registry
 from noria.settings import Settings
 from noria.store import Store
+from serve.access.limits.http import LimitsMiddleware
+from serve.access.limits.judgements import CallerLimits
+from serve.access.limits.limits import Limits
+from serve.access.limits.metrics import limits_over
 from serve.api.chat import VllmChatBackend
 from serve.api.errors import error_response
 from serve.api.grpc.server import build_server
@@ -62,17 +66,29 @@ async def run(settings: Settings, model: str | None = None) -> int:
         capture = await stack.enter_async_context(_capture(store, blobs, settings))
         args = parse_flags(engine_flags(settings, gate.current.path, gate.current.id))
         engine = await stack.enter_async_context(running_engine(args, settings))
+        sequences = engine.vllm_config.scheduler_config.max_num_seqs
+        limits = await stack.enter_async_context(limits_over(settings.limits, sequences, store))
         app = await build_application(engine, args, gate, capture, settings)
         sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings))
-        handlers = Handlers(store=store, registry=registry, blobs=blobs, gate=gate, capture=capture, settings=settings)
+        handlers = Handlers(
+            store=store,
+            registry=registry,
+            blobs=blobs,
+            gate=gate,
+            capture=capture,
+            settings=settings,
+            limits=CallerLimits(limits, store),
+        )
         app.add_exception_handler(NoriaError, answer_error)
         app.include_router(build_stored_router(store, blobs, capture))
         app.include_router(build_sampling_router(sampling, handlers.api_key))
         app.include_router(build_router(handlers))
         server = settings.server
         chat = VllmChatBackend(app.state, gate)
-        grpc_server, grpc_port = await build_server(handlers, chat, sampling, host=server.host, port=server.grpc_port)
-        doors = Doors(wrapped(app, gate, settings), app.state, sock, grpc_server, server.shutdown_s)
+        grpc_server, grpc_port = await build_server(
+            handlers, chat, sampling, host=server.host, port=server.grpc_port, limits=limits
+        )
+        doors = Doors(wrapped(app, gate, settings, limits), app.state, sock, grpc_server, server.shutdown_s)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         stack.push_async_callback(sampling.close)  # before the doors: a group would hold them open
@@ -222,11 +238,11 @@ def answer_error(_request: Any, error: NoriaError) -> Any:
     return error_response(error)
 
 
-def wrapped(app: Any, gate: VersionGate, settings: Settings) -> Any:
-    """The application behind its traces, and behind the bearer key where the settings have one."""
-    traced: Any = TraceMiddleware(app, gate)
+def wrapped(app: Any, gate: VersionGate, settings: Settings, limits: Limits) -> Any:
+    """The application behind its traces, the limits, and the bearer key where the settings have one."""
+    limited: Any = LimitsMiddleware(TraceMiddleware(app, gate), limits)
     key = key_of(settings)
-    return KeyMiddleware(traced, key) if key else traced
+    return KeyMiddleware(limited, key) if key else limited
 
 
 def key_of(settings: Settings) -> str | None:

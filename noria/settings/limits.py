@@ -55,10 +55,10 @@ class LimitSettings(Section):
     """Prompt and completion tokens that a key may use in a day (UTC); none is any number."""
     preferences_per_hour: int | None = Field(None, ge=1)
     """Preferences and feedback that a key may record within any hour, over restarts too; none is any number."""
-    roles: dict[RoleName, KeyLimits] = {}
+    roles: dict[RoleName, KeyLimits] = Field(default_factory=dict)
     """The same for a role: `[limits.roles.operator]`, `requests_per_minute = "none"`. Of several roles the most
     generous counts."""
-    keys: dict[str, KeyLimits] = {}
+    keys: dict[str, KeyLimits] = Field(default_factory=dict)
     """The same for the key of that name; it wins over its roles."""
     waiting: int | None = Field(None, ge=1)
     """Requests that may wait for the engine, over both wires; past it 503. None is 16 times the sequences that the

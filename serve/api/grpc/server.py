@@ -21,6 +21,8 @@ from noria.v1 import (
     sampling_pb2,
     sampling_pb2_grpc,
 )
+from serve.access.limits.grpc import LimitsInterceptor
+from serve.access.limits.limits import Limits
 from serve.api.chat import ChatBackend
 from serve.api.grpc.calls import KeyInterceptor
 from serve.api.grpc.sampling import SamplingServicer
@@ -38,7 +40,14 @@ SERVICES = (
 
 
 async def build_server(
-    handlers: Handlers, chat: ChatBackend, sampling: Sampling, *, host: str, port: int, api_key: str | None = None
+    handlers: Handlers,
+    chat: ChatBackend,
+    sampling: Sampling,
+    *,
+    host: str,
+    port: int,
+    limits: Limits | None = None,
+    api_key: str | None = None,
 ) -> tuple[grpc.aio.Server, int]:
     """The server and the port it is bound to (`port` 0 takes a free one); call it inside the running loop.
 
@@ -46,7 +55,7 @@ async def build_server(
     """
     key = api_key or handlers.api_key
     server = grpc.aio.server(
-        interceptors=[KeyInterceptor(key)] if key else [],
+        interceptors=[*([KeyInterceptor(key)] if key else []), *([LimitsInterceptor(limits)] if limits else [])],
         options=[
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
