@@ -70,7 +70,7 @@ class LimitSettings(Section):
 
     def rules_of(self, name: str, roles: Iterable[str]) -> KeyRules:
         """What holds for the key of that name: its own words, else the best of its roles, else every key's."""
-        by_role: Mapping[str, KeyLimits] = {**self.roles}
+        by_role: Mapping[str, KeyLimits] = {str(role): limits for role, limits in self.roles.items()}
         own, known = self.keys.get(name), [by_role.get(role) for role in roles]
         return KeyRules(**{rule: self._value(rule, own, known) for rule in RULES})
 

@@ -147,4 +147,4 @@ def generated(processor: Any, request_id: str) -> int:
     running = sum(state.detokenizer.num_output_tokens() for state in states if state.detokenizer is not None)
     parents = {id(state.parent_req): state.parent_req for state in states if state.parent_req is not None}
     ended = (part for parent in parents.values() for part in parent.output_aggregator if part is not None)
-    return running + sum(len(part.token_ids) for part in ended)
+    return int(running + sum(len(part.token_ids) for part in ended))
