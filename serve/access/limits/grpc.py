@@ -63,7 +63,8 @@ class LimitsInterceptor(grpc.aio.ServerInterceptor):
         ticket = None
         try:
             try:
-                fault = hold.grow(request.ByteSize())
+                size = getattr(request, "ByteSize", None)  # none where somebody put a mark in an unreadable one's place
+                fault = hold.grow(size()) if size is not None else None
                 if fault is not None:
                     raise self._limits.refuse("body_bytes", fault)
                 if engine:
