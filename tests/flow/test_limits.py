@@ -126,6 +126,21 @@ def test_what_a_client_left_is_counted(http: httpx.Client) -> None:
     assert prompt + 5 <= left < prompt + 1900
 
 
+def test_what_never_fits_is_told_so(http: httpx.Client, server: Server) -> None:
+    """Choices and prompts of one request, over both wires: the engine's sequences plus four times what may wait."""
+    before = settled(http)
+    for path, body in (
+        ("/v1/chat/completions", {"messages": QUESTION, "n": 15}),
+        ("/v1/completions", {"prompt": ["x"] * 15}),
+    ):
+        answer = http.post(path, json={"model": "noria", "max_tokens": 2, **body})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "too_many_sequences"), answer.text
+    with grpc.insecure_channel(server.grpc) as channel, pytest.raises(grpc.RpcError) as refused:
+        inference_pb2_grpc.InferenceServiceStub(channel).CreateChatCompletion(chat_request("x", None, n=15))
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert settled(http) - before < 100  # the prompts that had begun
+
+
 def test_overload_is_shed_early(http: httpx.Client) -> None:
     """Two run, three wait, the sixth is refused at once; those inside go on, and room is made as they leave."""
     settled(http)
