@@ -6,6 +6,7 @@ Must not import anything from Noria.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,19 @@ class NoriaError(Exception):
     """Root of all deliberate errors.
 
     `message` says what is wrong and what to do; `param` names the field or setting at fault;
-    `code` is a short stable word for programs.
+    `code` is a short stable word for programs; `retry_after_s` says when the same request would be let in, in seconds,
+    where that is known.
     """
 
     code = "internal_error"
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.retry_after_s = retry_after_s
         if code is not None:
             self.code = code
 
@@ -87,6 +92,18 @@ class Unavailable(NoriaError):
     code = "unavailable"
 
 
+class RateLimited(NoriaError):
+    """The key has used what it may for now (`limits.*`); `retry_after_s` says when it is let in again."""
+
+    code = "rate_limit_exceeded"
+
+
+class QuotaExceeded(RateLimited):
+    """The key has used its tokens of the day (`limits.tokens_per_day`)."""
+
+    code = "insufficient_quota"
+
+
 class LeaseLost(NoriaError):
     """The job was cancelled or taken over by another trainer. Raised by store heartbeats."""
 
@@ -120,6 +137,8 @@ WIRE: dict[type[NoriaError], Wire] = {
     Unauthenticated: Wire(401, "authentication_error", "UNAUTHENTICATED", 3),
     Forbidden: Wire(403, "permission_error", "PERMISSION_DENIED", 3),
     Unavailable: Wire(503, "service_unavailable_error", "UNAVAILABLE", 7),
+    RateLimited: Wire(429, "rate_limit_error", "RESOURCE_EXHAUSTED", 7),
+    QuotaExceeded: Wire(429, "insufficient_quota", "RESOURCE_EXHAUSTED", 7),
     LeaseLost: Wire(409, "conflict_error", "ABORTED", 5),
     Superseded: Wire(409, "conflict_error", "ABORTED", 5),
     NoriaError: Wire(500, "server_error", "INTERNAL", 1),
@@ -132,6 +151,11 @@ def wire_of(error: NoriaError) -> Wire:
         if cls in WIRE:
             return WIRE[cls]
     return WIRE[NoriaError]
+
+
+def retry_after(error: NoriaError) -> str | None:
+    """What the header `Retry-After` says (RFC 9110, 10.2.3): whole seconds, at least one; None where nobody knows."""
+    return None if error.retry_after_s is None else str(max(1, math.ceil(error.retry_after_s)))
 
 
 def openai_body(error: NoriaError) -> dict[str, Any]:

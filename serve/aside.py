@@ -19,6 +19,7 @@ from noria.registry import Registry
 from noria.settings import ServerSettings, Settings, TlsSettings
 from noria.store import Store
 from serve.access.audit import Audit
+from serve.access.limits.metrics import limits_over
 from serve.access.start import access_over, said_of_keys
 from serve.doors import Doors, bind_http
 from serve.engine.launch import build_application, engine_flags, parse_flags
@@ -49,12 +50,15 @@ async def run_aside(settings: Settings, version: str | None = None) -> int:
         gate = VersionGate(await asyncio.to_thread(_chosen, settings, store, version))
         args = parse_flags(engine_flags(settings, gate.current.path, gate.current.id))
         engine = await stack.enter_async_context(running_engine(args, settings))
+        sequences = engine.vllm_config.scheduler_config.max_num_seqs
+        limits = await stack.enter_async_context(limits_over(settings.limits, sequences))
         app = await build_application(engine, args, gate, None, settings)
         sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings, audit))
         app.add_exception_handler(NoriaError, answer_error)
         app.include_router(build_sampling_router(sampling))
         tls = certificates.context if certificates else None
-        doors = Doors(wrapped(app, gate, access, audit), app.state, sock, None, server.shutdown_s, tls=tls)
+        wrapped_app = wrapped(app, gate, access, audit, limits)
+        doors = Doors(wrapped_app, app.state, sock, None, server.shutdown_s, tls=tls)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         stack.push_async_callback(sampling.close)

@@ -28,6 +28,10 @@ from noria.store import Store
 from serve.access.audit import Audit
 from serve.access.guards.http import AccessMiddleware
 from serve.access.keys import Access
+from serve.access.limits.http import LimitsMiddleware
+from serve.access.limits.judgements import CallerLimits
+from serve.access.limits.limits import Limits
+from serve.access.limits.metrics import limits_over
 from serve.access.start import access_over, said_of_keys
 from serve.api.chat import VllmChatBackend
 from serve.api.errors import error_response
@@ -71,12 +75,22 @@ async def run(settings: Settings, model: str | None = None) -> int:
         capture = await stack.enter_async_context(_capture(store, blobs, settings))
         args = parse_flags(engine_flags(settings, gate.current.path, gate.current.id))
         engine = await stack.enter_async_context(running_engine(args, settings))
+        sequences = engine.vllm_config.scheduler_config.max_num_seqs
+        limits = await stack.enter_async_context(limits_over(settings.limits, sequences, store))
         app = await build_application(engine, args, gate, capture, settings)
         sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings, audit))
         handlers = Handlers(
-            store=store, registry=registry, blobs=blobs, gate=gate, capture=capture, settings=settings, audit=audit
+            store=store,
+            registry=registry,
+            blobs=blobs,
+            gate=gate,
+            capture=capture,
+            settings=settings,
+            audit=audit,
+            limits=CallerLimits(limits, store),
         )
         app.add_exception_handler(NoriaError, answer_error)
+        app.middleware_stack = app.build_middleware_stack()  # vLLM built it before: without this the handler is unread
         app.include_router(build_stored_router(store, blobs, capture, audit))
         app.include_router(build_sampling_router(sampling))
         app.include_router(build_router(handlers))
@@ -91,11 +105,12 @@ async def run(settings: Settings, model: str | None = None) -> int:
             access,
             host=server.host,
             port=server.grpc_port,
+            limits=limits,
             health=health,
             credentials=certificates.credentials() if certificates else None,
         )
         doors = Doors(
-            wrapped(app, gate, access, audit),
+            wrapped(app, gate, access, audit, limits),
             app.state,
             sock,
             grpc_server,
@@ -275,9 +290,9 @@ def answer_error(_request: Any, error: NoriaError) -> Any:
     return error_response(error)
 
 
-def wrapped(app: Any, gate: VersionGate, access: Access, audit: Audit) -> Any:
-    """The application behind its traces, and these behind the keys."""
-    return AccessMiddleware(TraceMiddleware(app, gate), access, audit)
+def wrapped(app: Any, gate: VersionGate, access: Access, audit: Audit, limits: Limits) -> Any:
+    """The application behind its traces, these behind the limits, and all behind the keys."""
+    return AccessMiddleware(LimitsMiddleware(TraceMiddleware(app, gate), limits), access, audit)
 
 
 def reachable(host: str) -> str:

@@ -1,6 +1,7 @@
 """The settings tree: `load_settings` reads it, `Settings` is what it becomes; the sections lie beside."""
 
 from noria.settings.keeping import CaptureSettings, StoreSettings
+from noria.settings.limits import KeyLimits, KeyRules, LimitSettings
 from noria.settings.serving import EngineSettings, ReleaseSettings, SamplingSettings, ServerSettings
 from noria.settings.training import PolicySettings, QuantizeSettings, TrainSettings, VerifySettings
 from noria.settings.tree import Settings, load_settings, override_train
@@ -10,6 +11,9 @@ __all__ = [
     "CaptureSettings",
     "EngineSettings",
     "GrpcSettings",
+    "KeyLimits",
+    "KeyRules",
+    "LimitSettings",
     "PolicySettings",
     "QuantizeSettings",
     "ReleaseSettings",

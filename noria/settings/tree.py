@@ -24,6 +24,7 @@ from noria.errors import SettingsError
 from noria.methods.grpo import policy_conflict
 from noria.methods.table import METHODS
 from noria.settings.keeping import CaptureSettings, StoreSettings
+from noria.settings.limits import LimitSettings
 from noria.settings.serving import EngineSettings, ReleaseSettings, SamplingSettings, ServerSettings
 from noria.settings.training import TrainSettings
 from noria.tls import Trust
@@ -56,6 +57,7 @@ class Settings(BaseSettings):
     server: ServerSettings = ServerSettings()
     engine: EngineSettings = EngineSettings()
     sampling: SamplingSettings = SamplingSettings()
+    limits: LimitSettings = LimitSettings()
     capture: CaptureSettings = CaptureSettings()
     store: StoreSettings = StoreSettings()
     train: TrainSettings = TrainSettings()

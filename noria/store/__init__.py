@@ -18,6 +18,7 @@ from noria.store.connection import Database
 from noria.store.evaluations import EvaluationStore
 from noria.store.feedback import FeedbackStore
 from noria.store.jobs import JobStore
+from noria.store.limits import LimitStore
 from noria.store.pairs import PairStore
 from noria.store.preferences import PreferenceStore
 from noria.store.releases import ProcessStore, RolloutStore, VersionStore
@@ -37,6 +38,7 @@ class Store(
     EvaluationStore,
     KeyStore,
     AuditStore,
+    LimitStore,
 ):
     """One open store. Each method is one transaction, durable when it returns.
 

@@ -28,7 +28,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from noria.errors import Conflict, SettingsError, Unavailable
 from noria.store.tables import markers
 
-HEAD = "0003"
+HEAD = "0004"
 BUSY_MS = 30_000
 MIGRATIONS = Path(__file__).parent / "migrations"
 ADVISORY_LOCK = 0x6E6F726961  # "noria": PostgreSQL's lock around a migration
@@ -88,6 +88,13 @@ class Database:
         statement = self._insert(table)
         new = {name: statement.excluded[name] for name in changing}
         return statement.on_conflict_do_update(index_elements=[key], set_=new)
+
+    def adding(self, table: Table, key: tuple[str, ...], column: str) -> Any:
+        """An INSERT that adds to `column` of a row whose `key` exists already."""
+        statement = self._insert(table)
+        return statement.on_conflict_do_update(
+            index_elements=key, set_={column: table.c[column] + statement.excluded[column]}
+        )
 
     def _insert(self, table: Table) -> Any:
         return sqlite.insert(table) if self.is_sqlite else postgresql.insert(table)

@@ -61,6 +61,7 @@ HTTP: tuple[Row, ...] = (
     Row("GET POST", "/noria/v1/preferences", JUDGE),
     Row("GET", "/noria/v1/preferences/{}", JUDGE),
     Row("GET POST", "/noria/v1/feedback", JUDGE),
+    Row("GET", "/noria/v1/limits", ANY),
     Row("GET", "/noria/v1/adapters", SAMPLE),
     Row("PUT DELETE", "/noria/v1/adapters/{}", SAMPLE),
     Row("POST", "/noria/v1/samples", SAMPLE),

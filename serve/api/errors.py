@@ -16,15 +16,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from noria.errors import NoriaError, openai_body, wire_of
+from noria.errors import NoriaError, openai_body, retry_after, wire_of
 from serve.api.schemas import invalid
 
 log = logging.getLogger(__name__)
 
 
 def error_response(error: NoriaError) -> JSONResponse:
-    """The error with the status that the table gives it."""
-    return JSONResponse(openai_body(error), status_code=wire_of(error).http_status)
+    """The error with the status that the table gives it, and `Retry-After` where it is known when to come back."""
+    wait_s = retry_after(error)
+    headers = None if wait_s is None else {"retry-after": wait_s}
+    return JSONResponse(openai_body(error), status_code=wire_of(error).http_status, headers=headers)
 
 
 class NoriaRoute(APIRoute):

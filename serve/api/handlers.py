@@ -16,9 +16,11 @@ from noria.registry import Registry
 from noria.settings import Settings
 from noria.store import Store
 from serve.access.audit import Audit
+from serve.access.limits.judgements import CallerLimits
+from serve.access.limits.limits import Limits
 from serve.api.judgements import Judgements
 from serve.api.operations import Operations
-from serve.api.ports import Capture, Gate
+from serve.api.ports import Capture, Gate, KeyLimits
 
 
 class Handlers(Judgements, Operations):
@@ -34,9 +36,12 @@ class Handlers(Judgements, Operations):
         capture: Capture,
         settings: Settings,
         audit: Audit | None = None,
+        limits: KeyLimits | None = None,
     ) -> None:
-        """Without an `audit` the handlers keep one of their own, over the same store."""
-        Judgements.__init__(self, store, blobs, capture)
+        """Without an `audit` the handlers keep one of their own, over the same store; without `limits` the settings'
+        own count preferences, and nothing else is counted."""
+        limits = limits or CallerLimits(Limits(settings.limits, sequences=1), store)
+        Judgements.__init__(self, store, blobs, capture, limits)
         Operations.__init__(self, store, registry, gate, capture, settings)
         self.settings = settings
         self.audit = audit or Audit(store)

@@ -151,6 +151,11 @@ def _add_versions(router: APIRouter, handlers: Handlers) -> None:
         """A page of what operators did."""
         return await handlers.list_audit_events(dict(request.query_params))
 
+    @router.get("/limits")
+    async def limits() -> Json:
+        """The caller's own limits and what is used of them."""
+        return await handlers.limits()
+
 
 async def body_of(request: Request) -> Any:
     """The JSON body; an empty one is `{}`. Raises InvalidRequest when it is not JSON."""

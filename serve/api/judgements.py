@@ -14,7 +14,7 @@ from noria.blobs import Blobs
 from noria.errors import Unavailable
 from noria.records import Json
 from noria.store import Store
-from serve.api.ports import Capture
+from serve.api.ports import Capture, KeyLimits
 from serve.api.schemas import FeedbackBody, FeedbackPage, OrderedPage, PreferenceBody, SideBody, listing, parse
 
 FLUSH_S = 15.0  # far above one commit: only a store that hangs takes so long
@@ -23,8 +23,9 @@ FLUSH_S = 15.0  # far above one commit: only a store that hangs takes so long
 class Judgements:
     """Handlers of preferences, feedback and the deletion of what one end user left behind."""
 
-    def __init__(self, store: Store, blobs: Blobs, capture: Capture) -> None:
+    def __init__(self, store: Store, blobs: Blobs, capture: Capture, limits: KeyLimits) -> None:
         self._store = store
+        self._limits = limits
         self._blobs = blobs
         self._capture = capture
 
@@ -32,19 +33,20 @@ class Judgements:
         """Stores a preference, durable on return; False when the same annotator said the same of the pair before.
 
         Raises NotFound (unknown completion), InvalidRequest (index out of range, chosen equal to rejected,
-        different prompts, both sides text).
+        different prompts, both sides text), RateLimited.
         """
         asked = parse(PreferenceBody, body)
-        await self._answers_stored(asked.chosen, asked.rejected)
-        preference, created = await asyncio.to_thread(
-            self._store.add_preference,
-            asked.chosen.side(),
-            asked.rejected.side(),
-            verdict=asked.verdict,
-            annotator=asked.annotator,
-            comment=asked.comment,
-        )
-        return preference.to_wire(), created
+        async with self._limits.recording() as recording:
+            await self._answers_stored(asked.chosen, asked.rejected)
+            preference, recording.new = await asyncio.to_thread(
+                self._store.add_preference,
+                asked.chosen.side(),
+                asked.rejected.side(),
+                verdict=asked.verdict,
+                annotator=asked.annotator,
+                comment=asked.comment,
+            )
+        return preference.to_wire(), recording.new
 
     async def list_preferences(self, query: Mapping[str, Any]) -> Json:
         """A page of preferences, newest first."""
@@ -70,18 +72,23 @@ class Judgements:
     async def record_feedback(self, body: Mapping[str, Any]) -> Json:
         """Stores feedback on one choice; an edit also makes a preference, named in `preference_id`."""
         asked = parse(FeedbackBody, body)
-        await self._flush(asked.completion_id)
-        feedback = await asyncio.to_thread(
-            self._store.add_feedback,
-            asked.completion_id,
-            asked.index,
-            rating=asked.rating,
-            thumb=asked.thumb,
-            edit=asked.edit,
-            comment=asked.comment,
-            annotator=asked.annotator,
-        )
+        async with self._limits.recording():
+            await self._flush(asked.completion_id)
+            feedback = await asyncio.to_thread(
+                self._store.add_feedback,
+                asked.completion_id,
+                asked.index,
+                rating=asked.rating,
+                thumb=asked.thumb,
+                edit=asked.edit,
+                comment=asked.comment,
+                annotator=asked.annotator,
+            )
         return feedback.to_wire()
+
+    async def limits(self) -> Json:
+        """The caller's own limits and what is used of them."""
+        return await self._limits.describe()
 
     async def list_feedback(self, query: Mapping[str, Any]) -> Json:
         """A page of feedback, newest first."""

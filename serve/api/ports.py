@@ -1,12 +1,16 @@
 """What the handlers need of the rest of the server, as small Protocols.
 
-Comes in: nothing. Goes out: `Gate`, `Capture`, satisfied by `serve.engine` and `serve.capture`, and by the tests'
+Comes in: nothing. Goes out: `Gate`, `Capture`, `KeyLimits`, satisfied by `serve.engine`, `serve.capture` and
+`serve.access.limits`, and by the tests'
 small classes. Must not import vllm, fastapi or grpc.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
+
+from noria.records import Json
 
 
 class Serving(Protocol):
@@ -57,4 +61,23 @@ class Capture(Protocol):
 
     async def flush(self, completion_id: str | None = None) -> None:
         """Returns when that completion (or everything offered so far) is committed or known to be dropped."""
+        ...
+
+
+class Recording(Protocol):
+    """One judgement that is being recorded."""
+
+    new: bool
+    """To be set False where the same was recorded before: it does not count then."""
+
+
+class KeyLimits(Protocol):
+    """The limits of whoever calls."""
+
+    def recording(self) -> AbstractAsyncContextManager[Recording]:
+        """Around the recording of one judgement. Raises RateLimited."""
+        ...
+
+    async def describe(self) -> Json:
+        """The caller's limits and what is used of them."""
         ...

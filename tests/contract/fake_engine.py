@@ -15,6 +15,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
@@ -31,6 +32,10 @@ from noria.store import Store
 from serve.access.audit import Audit
 from serve.access.guards.http import AccessMiddleware
 from serve.access.keys import Access
+from serve.access.limits.http import LimitsMiddleware
+from serve.access.limits.judgements import CallerLimits
+from serve.access.limits.limits import Limits
+from serve.access.limits.load import Meter, current_ticket
 from serve.api.chat import begin_trace
 from serve.api.errors import error_response
 from serve.api.grpc.health import Health
@@ -99,10 +104,15 @@ class FakeChat:
     async def answer(self, body: ChatBody) -> Json:
         """The whole answer, captured."""
         trace = _trace()
+        with Meter(current_ticket.get(), body) as meter:
+            return await self._answered(body, trace, meter)
+
+    async def _answered(self, body: ChatBody, trace: Trace, meter: Meter) -> Json:
         await self._gate.admit(trace)
         try:
             head = _head(body, trace, "chat.completion")
             texts = _texts(body)
+            meter.take(_output(body, [text.count(" ") + 1 for text in texts]))
             choices = [_choice(body, index, text) for index, text in enumerate(texts)]
             answer = {**head, "choices": choices, "usage": _usage(body, texts)}
             self._keep(body, head["id"], trace, texts)
@@ -114,6 +124,13 @@ class FakeChat:
         """The answer in chunks, captured at its end or where it was broken off."""
         trace = _trace()
         trace.streaming = True
+        asked = SimpleNamespace(n=body.n, output_kind=SimpleNamespace(name="DELTA"))
+        with Meter(current_ticket.get(), asked) as meter:
+            async with aclosing(self._chunks(body, trace, meter)) as chunks:
+                async for one in chunks:
+                    yield one
+
+    async def _chunks(self, body: ChatBody, trace: Trace, meter: Meter) -> AsyncGenerator[Json, None]:
         await self._gate.admit(trace)
         head = _head(body, trace, "chat.completion.chunk")
         texts, said, finished = _texts(body), [""] * (body.n or 1), False
@@ -125,6 +142,7 @@ class FakeChat:
                 for piece, reason in _pieces(text, endless):
                     await asyncio.sleep(0)
                     said[index] += piece
+                    meter.take(_output(body, [1 if at == index else 0 for at in range(len(texts))]))
                     yield {**head, "choices": [_delta(index, {"content": piece}, reason)]}
             finished = True
             yield {**head, "choices": [], "usage": _usage(body, texts)}
@@ -158,7 +176,9 @@ def parsed(request: Json) -> ChatBody:
     return body
 
 
-def chat_app(chat: FakeChat, routers: Sequence[APIRouter], gate: VersionGate, access: Access, audit: Audit) -> Any:
+def chat_app(
+    chat: FakeChat, routers: Sequence[APIRouter], gate: VersionGate, access: Access, audit: Audit, limits: Limits
+) -> Any:
     """The application: `/v1/chat/completions` over the fake, and our own routers."""
     app = FastAPI()
 
@@ -174,7 +194,7 @@ def chat_app(chat: FakeChat, routers: Sequence[APIRouter], gate: VersionGate, ac
 
     for router in routers:
         app.include_router(router)
-    return AccessMiddleware(TraceMiddleware(app, gate), access, audit)
+    return AccessMiddleware(LimitsMiddleware(TraceMiddleware(app, gate), limits), access, audit)
 
 
 class HttpsServer(Https, uvicorn.Server):
@@ -184,13 +204,25 @@ class HttpsServer(Https, uvicorn.Server):
 class FakeSystem:
     """Everything of a server but vLLM, listening on two free ports.
 
-    `adapters` is `engine.policy_adapters`, `server` more of the settings' section of that name.
+    `adapters` is `engine.policy_adapters`, `limits` the settings' section, `server` more of the settings' section of
+    that name. Its engine runs four sequences; the limits' clocks are `monotonic_ns` and `wall`.
     """
 
-    def __init__(self, home: Path, api_key: str | None = None, adapters: int = 2, server: Json | None = None) -> None:
+    def __init__(
+        self,
+        home: Path,
+        api_key: str | None = None,
+        adapters: int = 2,
+        *,
+        server: Json | None = None,
+        limits: Json | None = None,
+    ) -> None:
         self.home = home
+        self.monotonic_ns: Callable[[], int] = time.monotonic_ns
+        self.wall: Callable[[], float] = time.time
+        self.limits: Limits
         keyed = {"api_key": api_key} if api_key else {}
-        self._settings = Settings(home=home, server={**keyed, **(server or {})})
+        self._settings = Settings(home=home, server={**keyed, **(server or {})}, limits=limits or {})
         self.certificates = certificates_of(self._settings.server.tls)
         self.health: Health
         home.mkdir(parents=True, exist_ok=True)
@@ -239,14 +271,24 @@ class FakeSystem:
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
-        with Store.open(self._settings.store_url) as store:
+        with Store.open(self._settings.store_url, clock=lambda: self.wall()) as store:
             registry = Registry(self._settings.models_dir, store)
             version = _first_version(registry)
             gate = self.gate = VersionGate(version)
             blobs = Blobs(self._settings.blobs_url)
             capture = CaptureQueue(store, blobs, self._settings.capture)
+            limits = self.limits = Limits(
+                self._settings.limits, 4, store, clock_ns=lambda: self.monotonic_ns(), wall=lambda: self.wall()
+            )
+            await limits.tokens.load()
             handlers = Handlers(
-                store=store, registry=registry, blobs=blobs, gate=gate, capture=capture, settings=self._settings
+                store=store,
+                registry=registry,
+                blobs=blobs,
+                gate=gate,
+                capture=capture,
+                settings=self._settings,
+                limits=CallerLimits(limits, store),
             )
             self.chat = FakeChat(gate, capture)
             shelf = AdapterShelf(self.engine, gate, self.home / "adapters", most=self._adapters, max_rank=8)
@@ -266,17 +308,19 @@ class FakeSystem:
                 access,
                 host="127.0.0.1",
                 port=0,
+                limits=limits,
                 health=self.health,
                 credentials=credentials,
             )
             await rpc.start()
-            await self._serve_http(chat_app(self.chat, routers, gate, access, audit))
+            await self._serve_http(chat_app(self.chat, routers, gate, access, audit, limits))
             keeping.cancel()
             await sampling.close()
             await self.health.close()
             await rpc.stop(1)
             await access.close()
             await capture.close()
+            await limits.tokens.write()
 
     async def _serve_http(self, app: Any) -> None:
         tls = self.certificates
@@ -347,6 +391,12 @@ def _choice(body: ChatBody, index: int, text: str) -> Json:
 
 def _delta(index: int, delta: Json, reason: str | None) -> Json:
     return {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}
+
+
+def _output(body: ChatBody, tokens: list[int]) -> Any:
+    """So many tokens of each choice, as vLLM's engine gives them."""
+    parts = [SimpleNamespace(index=index, token_ids=[0] * count) for index, count in enumerate(tokens)]
+    return SimpleNamespace(prompt_token_ids=[0] * len(json.dumps(body.messages)), outputs=parts)
 
 
 def _usage(body: ChatBody, texts: list[str]) -> Json:

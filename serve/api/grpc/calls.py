@@ -14,10 +14,11 @@ from typing import Any
 
 import grpc
 
-from noria.errors import NoriaError, openai_body, wire_of
+from noria.errors import NoriaError, openai_body, retry_after, wire_of
 from serve.api.errors import internal
 
 ERROR_KEY = "noria-error-bin"
+RETRY_KEY = "retry-after"  # whole seconds, as HTTP's header
 VERSION_KEY = "x-noria-model-version"
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,9 @@ async def abort(context: Any, error: NoriaError) -> None:
     """Ends the call with the error's status."""
     details = json.dumps(openai_body(error)).encode()
     code = grpc.StatusCode[wire_of(error).grpc_status]
-    await context.abort(code, error.message, trailing_metadata=((ERROR_KEY, details),))
+    wait_s = retry_after(error)
+    metadata = ((ERROR_KEY, details),) if wait_s is None else ((ERROR_KEY, details), (RETRY_KEY, wait_s))
+    await context.abort(code, error.message, trailing_metadata=metadata)
 
 
 @asynccontextmanager

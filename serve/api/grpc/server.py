@@ -27,6 +27,8 @@ from noria.v1 import (
 )
 from serve.access.guards.grpc import AccessInterceptor
 from serve.access.keys import Access
+from serve.access.limits.grpc import LimitsInterceptor
+from serve.access.limits.limits import Limits
 from serve.api.chat import ChatBackend
 from serve.api.grpc.health import Health
 from serve.api.grpc.sampling import SamplingServicer
@@ -51,6 +53,7 @@ async def build_server(
     *,
     host: str,
     port: int,
+    limits: Limits | None = None,
     health: Health | None = None,
     credentials: Any = None,
 ) -> tuple[grpc.aio.Server, int]:
@@ -60,7 +63,7 @@ async def build_server(
     """
     wire = handlers.settings.server
     server = grpc.aio.server(
-        interceptors=[AccessInterceptor(access)],
+        interceptors=[AccessInterceptor(access), *([LimitsInterceptor(limits)] if limits else [])],
         options=connection_options(wire.grpc, wire.shutdown_s),
         compression=COMPRESSION[wire.grpc.compression],
     )
