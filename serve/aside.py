@@ -22,7 +22,17 @@ from serve.doors import Doors, bind_http
 from serve.engine.launch import build_application, engine_flags, parse_flags
 from serve.engine.versions import ServingVersion, VersionGate
 from serve.live import version_aside
-from serve.process import Stop, answer_error, background, key_of, reachable, running_engine, watch, wrapped
+from serve.process import (
+    Stop,
+    answer_error,
+    background,
+    counted_refusals,
+    key_of,
+    reachable,
+    running_engine,
+    watch,
+    wrapped,
+)
 from serve.sampling.http import build_sampling_router
 from serve.sampling.start import sampling_over
 
@@ -39,11 +49,12 @@ async def run_aside(settings: Settings, version: str | None = None) -> int:
         gate = VersionGate(await asyncio.to_thread(_chosen, settings, version))
         args = parse_flags(engine_flags(settings, gate.current.path, gate.current.id))
         engine = await stack.enter_async_context(running_engine(args, settings))
-        app = await build_application(engine, args, gate, None, settings)
+        refusals = stack.enter_context(counted_refusals())
+        app = await build_application(engine, args, gate, None, settings, refusals)
         sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings))
         app.add_exception_handler(NoriaError, answer_error)
         app.include_router(build_sampling_router(sampling, key_of(settings)))
-        doors = Doors(wrapped(app, gate, settings), app.state, sock, None, settings.server.shutdown_s)
+        doors = Doors(wrapped(app, gate, settings, refusals), app.state, sock, None, settings.server.shutdown_s)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         stack.push_async_callback(sampling.close)

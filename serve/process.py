@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from serve.doors import Doors, bind_http
 from serve.engine.launch import build_application, engine_flags, parse_flags, start_engine
 from serve.engine.middleware import KeyMiddleware, TraceMiddleware
 from serve.engine.versions import VersionGate
+from serve.input.http import InputMiddleware
+from serve.input.refusals import Refusals, export_refusals
 from serve.live import choose_version
 from serve.release.releaser import Releaser
 from serve.sampling.http import build_sampling_router
@@ -62,7 +64,8 @@ async def run(settings: Settings, model: str | None = None) -> int:
         capture = await stack.enter_async_context(_capture(store, blobs, settings))
         args = parse_flags(engine_flags(settings, gate.current.path, gate.current.id))
         engine = await stack.enter_async_context(running_engine(args, settings))
-        app = await build_application(engine, args, gate, capture, settings)
+        refusals = stack.enter_context(counted_refusals())
+        app = await build_application(engine, args, gate, capture, settings, refusals)
         sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings))
         handlers = Handlers(store=store, registry=registry, blobs=blobs, gate=gate, capture=capture, settings=settings)
         app.add_exception_handler(NoriaError, answer_error)
@@ -71,8 +74,10 @@ async def run(settings: Settings, model: str | None = None) -> int:
         app.include_router(build_router(handlers))
         server = settings.server
         chat = VllmChatBackend(app.state, gate)
-        grpc_server, grpc_port = await build_server(handlers, chat, sampling, host=server.host, port=server.grpc_port)
-        doors = Doors(wrapped(app, gate, settings), app.state, sock, grpc_server, server.shutdown_s)
+        grpc_server, grpc_port = await build_server(
+            handlers, chat, sampling, host=server.host, port=server.grpc_port, refusals=refusals
+        )
+        doors = Doors(wrapped(app, gate, settings, refusals), app.state, sock, grpc_server, server.shutdown_s)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         stack.push_async_callback(sampling.close)  # before the doors: a group would hold them open
@@ -222,11 +227,23 @@ def answer_error(_request: Any, error: NoriaError) -> Any:
     return error_response(error)
 
 
-def wrapped(app: Any, gate: VersionGate, settings: Settings) -> Any:
-    """The application behind its traces, and behind the bearer key where the settings have one."""
-    traced: Any = TraceMiddleware(app, gate)
+def wrapped(app: Any, gate: VersionGate, settings: Settings, refusals: Refusals) -> Any:
+    """The application behind its traces, the look at its bodies, and the bearer key where the settings have one."""
+    checked: Any = InputMiddleware(TraceMiddleware(app, gate), settings.input, refusals)
     key = key_of(settings)
-    return KeyMiddleware(traced, key) if key else traced
+    return KeyMiddleware(checked, key) if key else checked
+
+
+@contextlib.contextmanager
+def counted_refusals() -> Iterator[Refusals]:
+    """The counters of refused input, on `/metrics` for as long as the block runs."""
+    from prometheus_client import REGISTRY
+
+    refusals = export_refusals(Refusals())
+    try:
+        yield refusals
+    finally:
+        REGISTRY.unregister(refusals)
 
 
 def key_of(settings: Settings) -> str | None:

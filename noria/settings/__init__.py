@@ -1,5 +1,6 @@
 """The settings tree: `load_settings` reads it, `Settings` is what it becomes; the sections lie beside."""
 
+from noria.settings.input import ImageSettings, InputSettings
 from noria.settings.keeping import CaptureSettings, StoreSettings
 from noria.settings.serving import EngineSettings, ReleaseSettings, SamplingSettings, ServerSettings
 from noria.settings.training import PolicySettings, QuantizeSettings, TrainSettings, VerifySettings
@@ -8,6 +9,8 @@ from noria.settings.tree import Settings, load_settings, override_train
 __all__ = [
     "CaptureSettings",
     "EngineSettings",
+    "ImageSettings",
+    "InputSettings",
     "PolicySettings",
     "QuantizeSettings",
     "ReleaseSettings",

@@ -8,11 +8,12 @@ Must not import vllm.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from serve.engine.versions import Trace
+from serve.input.pictures.admit import Admitted
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Captured:
     ttft_s: float | None = None
     duration_s: float | None = None
     finished: bool = False
+    replaced: Mapping[str, Admitted] = field(default_factory=dict)  # pictures that went to the engine changed, by URL
 
 
 class Tape:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from noria.blobs import Blobs
 from noria.errors import InvalidRequest, NoriaError, NotFound
-from noria.records import Json
+from noria.records import Json, image_references
 from noria.registry import ManifestDraft, Registry, fingerprint
 from noria.settings import Settings
 from noria.store import Store
@@ -38,6 +38,11 @@ from serve.capture.queue import CaptureQueue
 from serve.capture.tape import Captured, ChoiceTape
 from serve.engine.middleware import KeyMiddleware, TraceMiddleware
 from serve.engine.versions import ServingVersion, Trace, VersionGate, current_trace
+from serve.input.fetch.fetcher import Fetcher
+from serve.input.http import InputMiddleware
+from serve.input.intake import current_intake
+from serve.input.media import MediaDoor
+from serve.input.refusals import Refusals
 from serve.sampling.adapters.shelf import AdapterShelf
 from serve.sampling.http import build_sampling_router
 from serve.sampling.service import Sampling
@@ -66,9 +71,10 @@ class FakeChat:
     With `ignore_eos` a stream never ends by itself.
     """
 
-    def __init__(self, gate: VersionGate, capture: CaptureQueue) -> None:
+    def __init__(self, gate: VersionGate, capture: CaptureQueue, door: MediaDoor) -> None:
         self._gate = gate
         self._capture = capture
+        self._door = door
 
     async def chat(self, request: Json) -> Json:
         """The whole answer."""
@@ -93,6 +99,7 @@ class FakeChat:
     async def answer(self, body: ChatBody) -> Json:
         """The whole answer, captured."""
         trace = _trace()
+        await self.look(body.messages)
         await self._gate.admit(trace)
         try:
             head = _head(body, trace, "chat.completion")
@@ -108,6 +115,7 @@ class FakeChat:
         """The answer in chunks, captured at its end or where it was broken off."""
         trace = _trace()
         trace.streaming = True
+        await self.look(body.messages)
         await self._gate.admit(trace)
         head = _head(body, trace, "chat.completion.chunk")
         texts, said, finished = _texts(body), [""] * (body.n or 1), False
@@ -126,13 +134,19 @@ class FakeChat:
             self._keep(body, head["id"], trace, said, finished=finished)
             self._gate.release(trace)
 
+    async def look(self, messages: list[Json]) -> None:
+        """Takes the pictures in by the door that vLLM's connector uses."""
+        for reference in image_references(messages):
+            await self._door.admit(reference)
+
     def _keep(self, body: ChatBody, id_: str, trace: Trace, texts: list[str], finished: bool = True) -> None:
         if (body.model_extra or {}).get("store") is False:
             return
         tapes = {i: ChoiceTape(i, token_ids=[1, 2], texts=[text], finish_reason="stop") for i, text in enumerate(texts)}
-        self._capture.offer(
-            Captured(id_, time.time(), "noria", body, trace, prompt_token_ids=[3], choices=tapes, finished=finished)
-        )
+        captured = Captured(id_, time.time(), "noria", body, trace, [3], tapes, finished=finished)
+        intake = current_intake.get()
+        captured.replaced = intake.replaced if intake else {}
+        self._capture.offer(captured)
 
 
 def parsed(request: Json) -> ChatBody:
@@ -152,7 +166,7 @@ def parsed(request: Json) -> ChatBody:
     return body
 
 
-def chat_app(chat: FakeChat, handlers: Handlers, sampling: Sampling, gate: VersionGate) -> Any:
+def chat_app(chat: FakeChat, handlers: Handlers, sampling: Sampling, gate: VersionGate, refusals: Refusals) -> Any:
     """The application: `/v1/chat/completions` over the fake, and our own routers."""
     app = FastAPI()
 
@@ -161,6 +175,7 @@ def chat_app(chat: FakeChat, handlers: Handlers, sampling: Sampling, gate: Versi
         try:
             body = parsed(await request.json())
             if body.stream:
+                await chat.look(body.messages)  # a stream's head is out before its first chunk is made
                 return StreamingResponse(_lines(chat.chunks(body)), media_type="text/event-stream")
             return JSONResponse(await chat.answer(body))
         except NoriaError as error:
@@ -168,17 +183,23 @@ def chat_app(chat: FakeChat, handlers: Handlers, sampling: Sampling, gate: Versi
 
     app.include_router(build_sampling_router(sampling, handlers.api_key))
     app.include_router(build_router(handlers))
-    traced = TraceMiddleware(app, gate)
-    return KeyMiddleware(traced, handlers.api_key) if handlers.api_key else traced
+    checked = InputMiddleware(TraceMiddleware(app, gate), handlers.settings.input, refusals)
+    return KeyMiddleware(checked, handlers.api_key) if handlers.api_key else checked
 
 
 class FakeSystem:
     """Everything of a server but vLLM, listening on two free ports; `adapters` is `engine.policy_adapters`."""
 
-    def __init__(self, home: Path, api_key: str | None = None, adapters: int = 2) -> None:
+    def __init__(
+        self, home: Path, api_key: str | None = None, adapters: int = 2, input: Json | None = None, **fetching: Any
+    ) -> None:
+        """`input` is the settings' section; `fetching` how the `Fetcher` resolves and dials."""
         self.home = home
         server = {"api_key": api_key} if api_key else {}
-        self._settings = Settings(home=home, server=server)
+        self._settings = Settings(home=home, server=server, input=input or {})
+        self.refusals = Refusals()
+        limits = self._settings.input.images
+        self._door = MediaDoor(limits, self.refusals, Fetcher(limits, **fetching))
         home.mkdir(parents=True, exist_ok=True)
         self._ready = threading.Event()
         self._stop = asyncio.Event()
@@ -223,13 +244,15 @@ class FakeSystem:
             handlers = Handlers(
                 store=store, registry=registry, blobs=blobs, gate=gate, capture=capture, settings=self._settings
             )
-            self.chat = FakeChat(gate, capture)
+            self.chat = FakeChat(gate, capture, self._door)
             shelf = AdapterShelf(self.engine, gate, self.home / "adapters", most=self._adapters, max_rank=8)
             sampling = self.sampling = Sampling(self.engine, gate, shelf, Turns(4, 1, quiet_s=0.01))
             keeping = asyncio.create_task(sampling.keep())
-            rpc, self.grpc_port = await build_server(handlers, self.chat, sampling, host="127.0.0.1", port=0)
+            rpc, self.grpc_port = await build_server(
+                handlers, self.chat, sampling, host="127.0.0.1", port=0, refusals=self.refusals
+            )
             await rpc.start()
-            await self._serve_http(chat_app(self.chat, handlers, sampling, gate))
+            await self._serve_http(chat_app(self.chat, handlers, sampling, gate, self.refusals))
             keeping.cancel()
             await sampling.close()
             await rpc.stop(1)

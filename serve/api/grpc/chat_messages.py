@@ -68,9 +68,7 @@ def _part(part: Any, where: str) -> Json:
 
 def data_url(data: bytes, media_type: str, where: str) -> str:
     """The picture as a data: URL; its bytes, and so its hash in the store, stay what they are."""
-    kind = media_type or recognised(data)
-    if not kind:
-        raise InvalidRequest(f"{where}.image: these bytes are no known picture; set media_type", param=f"{where}.image")
+    kind = media_type or recognised(data) or "application/octet-stream"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 

@@ -26,6 +26,8 @@ from serve.api.grpc.calls import KeyInterceptor
 from serve.api.grpc.sampling import SamplingServicer
 from serve.api.grpc.services import Feedback, Inference, Operator
 from serve.api.handlers import Handlers
+from serve.input.grpc import InputInterceptor
+from serve.input.refusals import Refusals
 from serve.sampling.service import Sampling
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # pictures travel in the message; gRPC's default of 4 MiB is one photograph
@@ -38,15 +40,23 @@ SERVICES = (
 
 
 async def build_server(
-    handlers: Handlers, chat: ChatBackend, sampling: Sampling, *, host: str, port: int, api_key: str | None = None
+    handlers: Handlers,
+    chat: ChatBackend,
+    sampling: Sampling,
+    *,
+    host: str,
+    port: int,
+    api_key: str | None = None,
+    refusals: Refusals | None = None,
 ) -> tuple[grpc.aio.Server, int]:
     """The server and the port it is bound to (`port` 0 takes a free one); call it inside the running loop.
 
     `api_key` is the settings' when None. Raises SettingsError when the address is taken.
     """
     key = api_key or handlers.api_key
+    checked = InputInterceptor(handlers.settings.input, refusals or Refusals())
     server = grpc.aio.server(
-        interceptors=[KeyInterceptor(key)] if key else [],
+        interceptors=[*([KeyInterceptor(key)] if key else []), checked],
         options=[
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
