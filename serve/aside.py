@@ -53,6 +53,7 @@ async def run_aside(settings: Settings, version: str | None = None) -> int:
         app = await build_application(engine, args, gate, None, settings, refusals)
         sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings))
         app.add_exception_handler(NoriaError, answer_error)
+        app.middleware_stack = app.build_middleware_stack()  # vLLM built it before: without this the handler is unread
         app.include_router(build_sampling_router(sampling, key_of(settings)))
         doors = Doors(wrapped(app, gate, settings, refusals), app.state, sock, None, settings.server.shutdown_s)
         stop.on_second(doors.force)

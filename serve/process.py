@@ -69,6 +69,7 @@ async def run(settings: Settings, model: str | None = None) -> int:
         sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings))
         handlers = Handlers(store=store, registry=registry, blobs=blobs, gate=gate, capture=capture, settings=settings)
         app.add_exception_handler(NoriaError, answer_error)
+        app.middleware_stack = app.build_middleware_stack()  # vLLM built it before: without this the handler is unread
         app.include_router(build_stored_router(store, blobs, capture))
         app.include_router(build_sampling_router(sampling, handlers.api_key))
         app.include_router(build_router(handlers))

@@ -8,13 +8,16 @@ made of the bytes that capture gets too. vLLM looks its connector up by the name
 from __future__ import annotations
 
 import asyncio
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
 
 from serve.input.media import MediaDoor
+from serve.input.refusals import InputRefused
 
 CONNECTOR = "noria"
+TRACING = ("vllm.entrypoints.anthropic.api_router",)  # logs a traceback for each request that it answers with 400
 REFUSED = "is no picture: this server takes pictures, and no video, audio or tensors"
 
 
@@ -55,6 +58,13 @@ def register_connector(door: MediaDoor) -> None:
         fetch_audio_embedding_async = fetch_video_embedding_async = fetch_image_embedding_async
 
     MEDIA_CONNECTOR_REGISTRY.name2class[CONNECTOR] = NoriaMediaConnector
+    for name in TRACING:
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a log record tells anything but that a client sent what is refused; that is counted."""
+    return not (record.exc_info and isinstance(record.exc_info[1], InputRefused))
 
 
 def _reason(error: Exception) -> str:

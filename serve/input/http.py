@@ -51,7 +51,7 @@ class InputMiddleware:
                 await _read_on(receive, self._limits.max_body_bytes)
             await _answer(error, scope, receive, send)
             return
-        token = current_intake.set(Intake(lambda: jiter.from_json(body)))
+        token = current_intake.set(Intake(lambda: _values(body)))
         try:
             await self.app(scope, _Replay(body, receive), send)
         finally:
@@ -87,6 +87,12 @@ class InputMiddleware:
             read_body(body, self._limits)
         except Fault as fault:
             raise self._refusals.refuse(fault.reason, str(fault), fault.param) from fault
+
+
+def _values(body: bytes) -> Any:
+    with contextlib.suppress(ValueError):  # a body of another kind
+        return jiter.from_json(body)
+    return None
 
 
 async def _answer(error: NoriaError, scope: Scope, receive: Receive, send: Send) -> None:

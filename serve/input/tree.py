@@ -13,7 +13,6 @@ from noria.settings import InputSettings
 
 MOST_INT = 2**64  # exclusive, either side; what is larger fits no field of any route
 NOT_MEDIA = frozenset({"tools", "functions", "response_format", "structured_outputs", "metadata", "extra_body"})
-LONG_TEXT = 256
 Path = tuple[str | int, ...]
 
 
@@ -44,7 +43,7 @@ def check_tree(root: Any, limits: InputSettings) -> None:
         for key, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
             if isinstance(value, dict | list):
                 waiting.append(((*path, key), value))
-                if len(path) > limits.max_depth:
+                if len(path) >= limits.max_depth:
                     said = f"the body nests deeper than {limits.max_depth} (input.max_depth)"
                     raise Fault("body_depth", said, path[1:5])
             elif isinstance(value, float | int):
@@ -65,7 +64,7 @@ def walk(root: Any) -> Iterator[tuple[Path, Any]]:
         path, value = waiting.pop()
         yield path, value
         if isinstance(value, Mapping):
-            waiting += [((*path, key), inner) for key, inner in reversed(value.items())]
+            waiting += [((*path, key), inner) for key, inner in reversed(list(value.items()))]
         elif isinstance(value, list):
             waiting += [((*path, index), inner) for index, inner in reversed(list(enumerate(value)))]
 
@@ -86,14 +85,15 @@ def is_picture(part: Mapping[str, Any]) -> bool:
 def place_of(root: Any, url: str) -> str | None:
     """Where in a body a picture's URL stands; Anthropic's base64 stands without the head of the URL. None: nowhere."""
     for path, value in walk(root):
-        if isinstance(value, str) and value and (value == url or (len(value) >= LONG_TEXT and url.endswith(value))):
+        if isinstance(value, str) and value and (value == url or url.endswith(f",{value}")):
             return dotted(path)
     return None
 
 
 def dotted(path: Path) -> str:
-    """`messages.0.content.1`; keys are the client's and are cut."""
-    return ".".join(str(part)[:64] for part in path) or "body"
+    """`messages.0.content.1`. Keys are the client's: they are cut, and a letter that is none to look at becomes `?`."""
+    said = ".".join(str(part)[:64] for part in path)
+    return "".join(letter if letter.isprintable() else "?" for letter in said) or "body"
 
 
 def _check_part(path: Path, part: Mapping[str, Any]) -> int:

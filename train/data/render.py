@@ -126,7 +126,7 @@ def is_readable(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 def decode_image(data: bytes) -> Pillow.Image:
     """A picture as RGB, bit for bit as the serving engine (vLLM 0.31) reads it: upright, transparent ones on white."""
-    picture = Pillow.open(BytesIO(data))
+    picture: Pillow.Image = Pillow.open(BytesIO(data))
     with suppress(Exception):  # broken EXIF turns nothing
         picture = ImageOps.exif_transpose(picture)
     picture.load()

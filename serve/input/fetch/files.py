@@ -32,15 +32,21 @@ def read_file_url(url: str, limits: ImageSettings) -> bytes:
         path = Path(named).resolve(strict=True)
         if not path.is_relative_to(folder):
             raise ValueError
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        data = _regular(path, limits.max_bytes + 1)
     except (OSError, ValueError, RuntimeError) as error:
-        raise NotFetched(
-            "image_file", "is no file in the folder that is allowed (input.images.allowed_folder)"
-        ) from error
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise NotFetched("image_file", OUTSIDE)
-        data = file.read(limits.max_bytes + 1)
+        raise NotFetched("image_file", OUTSIDE) from error
     if len(data) > limits.max_bytes:
         raise NotFetched("image_bytes", f"has more than {limits.max_bytes} bytes (input.images.max_bytes)")
     return data
+
+
+def _regular(path: Path, most: int) -> bytes:
+    """What a regular file begins with; a link that was put there meanwhile, a pipe or a device is none."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError("no regular file")
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read(most)
+    finally:
+        os.close(handle)

@@ -91,10 +91,9 @@ def _check_size(width: int, height: int, limits: ImageSettings) -> None:
 
 
 def _with_pillow(data: bytes, kind: str) -> Container:
-    """Formats without a reader of our own: the header is Pillow's to read, and the picture is drawn anew."""
+    """Formats without a reader of our own: the header is Pillow's to read, which turns TIFF upright by itself."""
     with _opened(data, kind) as picture:
-        exif = picture.getexif().get(0x0112, 1) if kind == "tiff" else 1
-        return Container(data, *picture.size, exif if exif in range(1, 9) else 1, redraw=True)
+        return Container(data, *picture.size, redraw=True)
 
 
 def _redrawn(container: Container, kind: str) -> Admitted:
