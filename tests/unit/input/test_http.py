@@ -131,7 +131,7 @@ async def test_an_endless_body_is_not_read_to_its_end() -> None:
 
 
 async def test_a_client_that_leaves_while_it_sends_is_no_request(echo: Echo) -> None:
-    messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+    messages: list[Message] = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
 
     async def receive() -> Message:
         return messages.pop(0)
@@ -145,7 +145,7 @@ async def test_a_client_that_leaves_while_it_sends_is_no_request(echo: Echo) -> 
 
 
 async def test_a_client_that_leaves_afterwards_is_told_to_the_application(echo: Echo) -> None:
-    messages = [{"type": "http.request", "body": b"{}", "more_body": False}, {"type": "http.disconnect"}]
+    messages: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}, {"type": "http.disconnect"}]
 
     async def receive() -> Message:
         await asyncio.sleep(0)

@@ -61,7 +61,7 @@ async def test_what_is_stored_is_what_the_engine_was_given(tmp_path: Path) -> No
         current_intake.reset(token)
     assert set(intake.replaced) == {turned, "http://images.example.com/a.png"}
     blobs = Blobs(f"file://{tmp_path}")
-    _, images = strip_images(messages, blobs, intake.replaced)  # type: ignore[arg-type]
+    _, images = strip_images(messages, blobs, intake.replaced)
     assert [blobs.get(image.sha256) for image in images] == [one.data for one in given]
     assert [image.media_type for image in images] == ["image/png", "image/jpeg", "image/png"]
     assert (images[1].width, images[1].height) == (40, 60) and SECRET not in given[1].data
