@@ -60,14 +60,14 @@ def _part(part: Any, where: str) -> Json:
     source = part.image.WhichOneof("source")
     if source is None:
         raise InvalidRequest(f"{where}: a part has text, or an image with data or url", param=where)
-    image = {"url": part.image.url if source == "url" else data_url(part.image.data, part.image.media_type, where)}
+    image = {"url": part.image.url if source == "url" else data_url(part.image.data, part.image.media_type)}
     if part.image.HasField("detail"):
         image["detail"] = part.image.detail
     return {"type": "image_url", "image_url": image}
 
 
-def data_url(data: bytes, media_type: str, where: str) -> str:
-    """The picture as a data: URL; its bytes, and so its hash in the store, stay what they are."""
+def data_url(data: bytes, media_type: str) -> str:
+    """The picture as a data: URL, byte for byte; whether it is one is decided where HTTP's are (`serve.input`)."""
     kind = media_type or recognised(data) or "application/octet-stream"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
