@@ -36,6 +36,10 @@ class InputMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Reads the whole body, looks at it, and hands it on in one piece."""
+        if scope["type"] == "http" and ("\0" in scope["path"] or b"%00" in scope["query_string"]):
+            refused = self._refusals.refuse("url_text", "the URL holds a NUL", "url")
+            await _answer(refused, scope, receive, send)
+            return
         upload = scope["type"] == "http" and scope["method"] == "PUT" and scope["path"].startswith(UPLOADS)
         if scope["type"] != "http" or scope["method"] not in WITH_BODY or upload:
             await self.app(scope, receive, send)

@@ -48,6 +48,11 @@ def check_tree(root: Any, limits: InputSettings) -> None:
                     raise Fault("body_depth", said, path[1:5])
             elif isinstance(value, float | int):
                 _check_number((*path[1:], key), value)
+            elif isinstance(value, str) and "\0" in value:
+                place = (*path[1:], key)
+                raise Fault("body_text", f"{dotted(place)} holds a NUL, which no store keeps", place)
+            if isinstance(key, str) and "\0" in key:
+                raise Fault("body_text", "a key holds a NUL, which no store keeps", path[1:])
 
 
 def _check_number(path: Path, value: float) -> None:

@@ -94,6 +94,13 @@ async def test_our_own_routes_read_json_whatever_it_is_called(client: httpx.Asyn
     assert "duplicate key" in error["message"] and refusals.counts == {"body_json": 1}
 
 
+async def test_a_nul_in_the_url_reaches_no_route(client: httpx.AsyncClient, echo: Echo) -> None:
+    for url in ("/noria/v1/jobs/a%00b", "/v1/chat/completions?metadata[a]=%00"):
+        answer = await client.get(url)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "url_text")
+    assert echo.bodies == []
+
+
 async def pieces(size: int, sent: list[int]) -> AsyncIterator[bytes]:
     for _ in range(size // 100):
         sent.append(100)
@@ -125,7 +132,7 @@ async def test_an_endless_body_is_not_read_to_its_end() -> None:
     async def send(message: Message) -> None:
         said.append(message)
 
-    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/x", "headers": []}
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/x", "headers": [], "query_string": b""}
     await InputMiddleware(Echo(), LIMITS, Refusals())(scope, receive, send)
     assert said[0]["status"] == 413 and sent <= 4200
 
@@ -139,7 +146,7 @@ async def test_a_client_that_leaves_while_it_sends_is_no_request(echo: Echo) -> 
     async def send(message: Message) -> None:
         raise AssertionError(f"nobody is there for {message}")
 
-    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/x", "headers": []}
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/x", "headers": [], "query_string": b""}
     await InputMiddleware(echo, LIMITS, Refusals())(scope, receive, send)
     assert echo.bodies == []
 
@@ -154,7 +161,7 @@ async def test_a_client_that_leaves_afterwards_is_told_to_the_application(echo: 
     async def send(message: Message) -> None:
         assert message["type"].startswith("http.response")
 
-    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/waits", "headers": []}
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/waits", "headers": [], "query_string": b""}
     await InputMiddleware(echo, LIMITS, Refusals())(scope, receive, send)
     assert echo.left
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from noria.blobs import Blobs
+from noria.cli.context import shown
 from noria.errors import NoriaError, NotFound, SettingsError
 from noria.registry import Registry
 from noria.settings import ImageSettings, load_settings
@@ -113,6 +114,20 @@ def test_no_name_of_a_request_becomes_a_path(tmp_path: Path, name: str) -> None:
             assert type(refused.value) is not NoriaError
         assert not blobs.exists(name)
     assert NAME.fullmatch(name) is None or "/" not in name
+
+
+@pytest.mark.parametrize("word", [*NASTY, "a' OR 1=1 --", 'a"b', '"; DROP TABLE completions; --', "$.a[0]", "%", "]"])
+def test_no_word_of_a_request_becomes_sql(tmp_path: Path, word: str) -> None:
+    """Keys and values of metadata, users, annotators and ids are parameters: they find nothing, and break nothing."""
+    with Store.open(f"sqlite:///{tmp_path / 'noria.db'}") as store:
+        assert store.list_completions(limit=5, metadata={word: word}, model=word) == []
+        assert store.list_preferences(limit=5, annotator=word) == []
+        with pytest.raises(NotFound):
+            store.get_completion(word)
+
+
+def test_what_a_terminal_is_shown_cannot_move_its_cursor() -> None:
+    assert shown("a\x1b[2J\nb\u202ec") == r"a\x1b[2J\nb\u202ec" and shown(None) == "-" and shown("é 日") == "é 日"
 
 
 def test_no_log_line_is_a_client_s() -> None:
