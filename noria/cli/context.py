@@ -94,7 +94,7 @@ def print_json(data: Any) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Aligned columns under their names; None shows as a dash. Never cut, so that a pipe gets all of it."""
-    cells = [list(columns), *([shown(cell) for cell in row] for row in rows)]
+    cells = [list(columns), *(["-" if cell is None else str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     for row in cells:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -104,13 +104,7 @@ def print_fields(fields: Mapping[str, object]) -> None:
     """One `name  value` line each; None shows as a dash."""
     width = max((len(name) for name in fields), default=0)
     for name, value in fields.items():
-        typer.echo(f"{name.ljust(width)}  {shown(value)}")
-
-
-def shown(value: object) -> str:
-    """A value for a terminal, on one line: what a client wrote must not move the cursor or change the colours."""
-    text = "-" if value is None else str(value)
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+        typer.echo(f"{name.ljust(width)}  {'-' if value is None else value}")
 
 
 def say(text: str) -> None:

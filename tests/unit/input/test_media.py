@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from noria.blobs import Blobs
-from noria.cli.context import shown
 from noria.errors import NoriaError, NotFound, SettingsError
 from noria.registry import Registry
 from noria.settings import ImageSettings, load_settings
@@ -124,10 +123,6 @@ def test_no_word_of_a_request_becomes_sql(tmp_path: Path, word: str) -> None:
         assert store.list_preferences(limit=5, annotator=word) == []
         with pytest.raises(NotFound):
             store.get_completion(word)
-
-
-def test_what_a_terminal_is_shown_cannot_move_its_cursor() -> None:
-    assert shown("a\x1b[2J\nb\u202ec") == r"a\x1b[2J\nb\u202ec" and shown(None) == "-" and shown("é 日") == "é 日"
 
 
 def test_no_log_line_is_a_client_s() -> None:
