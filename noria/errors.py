@@ -44,6 +44,12 @@ class InvalidRequest(NoriaError):
     code = "invalid_request"
 
 
+class TooLarge(NoriaError):
+    """A request's body has more bytes than the server takes (`input.max_body_bytes`). Raised before it is read."""
+
+    code = "request_too_large"
+
+
 class NotFound(NoriaError):
     """The thing that a request names does not exist (any more)."""
 
@@ -129,6 +135,7 @@ class Wire:
 WIRE: dict[type[NoriaError], Wire] = {
     SettingsError: Wire(400, "invalid_request_error", "INVALID_ARGUMENT", 2),
     InvalidRequest: Wire(400, "invalid_request_error", "INVALID_ARGUMENT", 2),
+    TooLarge: Wire(413, "invalid_request_error", "INVALID_ARGUMENT", 2),
     NotFound: Wire(404, "not_found_error", "NOT_FOUND", 4),
     Conflict: Wire(409, "conflict_error", "FAILED_PRECONDITION", 5),
     IntegrityError: Wire(422, "integrity_error", "DATA_LOSS", 6),

@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 
-from noria.errors import NoriaError
 from noria.records import Json
 from noria.registry import Registry
 from noria.settings import ServerSettings, Settings, TlsSettings
@@ -23,9 +22,21 @@ from serve.access.limits.metrics import limits_over
 from serve.access.start import access_over, said_of_keys
 from serve.doors import Doors, bind_http
 from serve.engine.launch import build_application, engine_flags, parse_flags
+from serve.engine.middleware import TraceMiddleware
 from serve.engine.versions import ServingVersion, VersionGate
+from serve.front import Front
 from serve.live import version_aside
-from serve.process import Stop, addresses, answer_error, background, certified, running_engine, watch, wrapped
+from serve.process import (
+    Stop,
+    add_routers,
+    addresses,
+    background,
+    certified,
+    counted_refusals,
+    running_engine,
+    sequences_of,
+    watch,
+)
 from serve.sampling.http import build_sampling_router
 from serve.sampling.start import sampling_over
 
@@ -50,15 +61,14 @@ async def run_aside(settings: Settings, version: str | None = None) -> int:
         gate = VersionGate(await asyncio.to_thread(_chosen, settings, store, version))
         args = parse_flags(engine_flags(settings, gate.current.path, gate.current.id))
         engine = await stack.enter_async_context(running_engine(args, settings))
-        sequences = engine.vllm_config.scheduler_config.max_num_seqs
-        limits = await stack.enter_async_context(limits_over(settings.limits, sequences))
-        app = await build_application(engine, args, gate, None, settings)
+        limits = await stack.enter_async_context(limits_over(settings.limits, sequences_of(engine)))
+        refusals = stack.enter_context(counted_refusals())
+        app = await build_application(engine, args, gate, None, settings, refusals)
         sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings, audit))
-        app.add_exception_handler(NoriaError, answer_error)
-        app.include_router(build_sampling_router(sampling))
+        add_routers(app, build_sampling_router(sampling))
+        front = Front(access, audit, limits, refusals, settings.input)
         tls = certificates.context if certificates else None
-        wrapped_app = wrapped(app, gate, access, audit, limits)
-        doors = Doors(wrapped_app, app.state, sock, None, server.shutdown_s, tls=tls)
+        doors = Doors(front.over(TraceMiddleware(app, gate)), app.state, sock, None, server.shutdown_s, tls=tls)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         stack.push_async_callback(sampling.close)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from typing import Any
 
 PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -25,6 +26,10 @@ class KeyedFormatter(logging.Formatter):
         words = [f"{key}={value if _bare(value) else json.dumps(value, default=str)}" for key, value in extra.items()]
         return " ".join([super().formatMessage(record), *words])
 
+    def formatException(self, ei: Any) -> str:
+        """The traceback, each line set in: what a client wrote into an error cannot look like a line of the log."""
+        return "\n".join(f"  | {_shown(line)}" for line in super().formatException(ei).split("\n"))
+
 
 def configure_logs(level: int = logging.INFO) -> None:
     """Sends every record of this process to stderr in that form."""
@@ -34,5 +39,11 @@ def configure_logs(level: int = logging.INFO) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
+def _shown(line: str) -> str:
+    return "".join(letter if letter.isprintable() or letter == "\t" else "?" for letter in line)
+
+
 def _bare(value: object) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, str) and bool(value) and not set(value) & set(' "=\n'))
+    if isinstance(value, str):
+        return bool(value) and value.isprintable() and not set(value) & set(' "=')
+    return isinstance(value, int | float)

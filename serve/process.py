@@ -12,9 +12,10 @@ import json
 import logging
 import os
 import signal
+import socket
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,7 @@ from noria.registry import Registry
 from noria.settings import ServerSettings, Settings
 from noria.store import Store
 from serve.access.audit import Audit
-from serve.access.guards.http import AccessMiddleware
-from serve.access.keys import Access
-from serve.access.limits.http import LimitsMiddleware
 from serve.access.limits.judgements import CallerLimits
-from serve.access.limits.limits import Limits
 from serve.access.limits.metrics import limits_over
 from serve.access.start import access_over, said_of_keys
 from serve.api.chat import VllmChatBackend
@@ -46,9 +43,12 @@ from serve.doors import Doors, bind_http
 from serve.engine.launch import build_application, engine_flags, parse_flags, start_engine
 from serve.engine.middleware import TraceMiddleware
 from serve.engine.versions import VersionGate
+from serve.front import Front
+from serve.input.refusals import Refusals, export_refusals
 from serve.live import choose_version
 from serve.release.releaser import Releaser
 from serve.sampling.http import build_sampling_router
+from serve.sampling.service import Sampling
 from serve.sampling.start import sampling_over
 from serve.tls import Certificates, certificates_of
 
@@ -75,9 +75,9 @@ async def run(settings: Settings, model: str | None = None) -> int:
         capture = await stack.enter_async_context(_capture(store, blobs, settings))
         args = parse_flags(engine_flags(settings, gate.current.path, gate.current.id))
         engine = await stack.enter_async_context(running_engine(args, settings))
-        sequences = engine.vllm_config.scheduler_config.max_num_seqs
-        limits = await stack.enter_async_context(limits_over(settings.limits, sequences, store))
-        app = await build_application(engine, args, gate, capture, settings)
+        limits = await stack.enter_async_context(limits_over(settings.limits, sequences_of(engine), store))
+        refusals = stack.enter_context(counted_refusals())
+        app = await build_application(engine, args, gate, capture, settings, refusals)
         sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings, audit))
         handlers = Handlers(
             store=store,
@@ -89,48 +89,23 @@ async def run(settings: Settings, model: str | None = None) -> int:
             audit=audit,
             limits=CallerLimits(limits, store),
         )
-        app.add_exception_handler(NoriaError, answer_error)
-        app.middleware_stack = app.build_middleware_stack()  # vLLM built it before: without this the handler is unread
-        app.include_router(build_stored_router(store, blobs, capture, audit))
-        app.include_router(build_sampling_router(sampling))
-        app.include_router(build_router(handlers))
-        server = settings.server
-        chat = VllmChatBackend(app.state, gate)
-        health = Health()
-        gate.on_failure(health.engine_lost)
-        grpc_server, grpc_port = await build_server(
-            handlers,
-            chat,
-            sampling,
-            access,
-            host=server.host,
-            port=server.grpc_port,
-            limits=limits,
-            health=health,
-            credentials=certificates.credentials() if certificates else None,
-        )
-        doors = Doors(
-            wrapped(app, gate, access, audit, limits),
-            app.state,
-            sock,
-            grpc_server,
-            server.shutdown_s,
-            tls=certificates.context if certificates else None,
-            before_close=health.close,
-        )
+        stored = build_stored_router(store, blobs, capture, audit)
+        add_routers(app, stored, build_sampling_router(sampling), build_router(handlers))
+        front = Front(access, audit, limits, refusals, settings.input)
+        doors, grpc_port = await _doors(app, gate, handlers, sampling, front, sock, certificates)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         stack.push_async_callback(sampling.close)  # before the doors: a group would hold them open
         releaser = Releaser(engine, gate, store, registry, settings, before_swap=sampling.forget_adapters)
         await stack.enter_async_context(background(releaser.run(), "release", before_end=_opened(gate, settings)))
         await doors.open()
-        info = addresses(server, sock.getsockname()[1], grpc_port)
+        info = addresses(settings.server, sock.getsockname()[1], grpc_port)
         announcement = Announcement(settings.home, store, gate, capture, info)
         stack.callback(announcement.withdraw)
         await stack.enter_async_context(background(announcement.keep(), "heartbeat"))
         await stack.enter_async_context(background(watch(engine, gate, stop), "watch"))
         print(f"noria: serving {gate.current.id} on {info['url']} and grpc {info['grpc']}", flush=True)
-        if note := said_of_keys(access, server):
+        if note := said_of_keys(access, settings.server):
             print(f"noria: {note}", flush=True)
         await stop.asked.wait()
     return stop.code
@@ -290,9 +265,63 @@ def answer_error(_request: Any, error: NoriaError) -> Any:
     return error_response(error)
 
 
-def wrapped(app: Any, gate: VersionGate, access: Access, audit: Audit, limits: Limits) -> Any:
-    """The application behind its traces, these behind the limits, and all behind the keys."""
-    return AccessMiddleware(LimitsMiddleware(TraceMiddleware(app, gate), limits), access, audit)
+def sequences_of(engine: Any) -> int:
+    """How many sequences the engine runs at once."""
+    return int(engine.vllm_config.scheduler_config.max_num_seqs)
+
+
+def add_routers(app: Any, *routers: Any) -> None:
+    """Puts our routes beside vLLM's, and has its own routes answer our errors as ours do."""
+    app.add_exception_handler(NoriaError, answer_error)
+    app.middleware_stack = app.build_middleware_stack()  # vLLM built it before: without this the handler is unread
+    for router in routers:
+        app.include_router(router)
+
+
+async def _doors(
+    app: Any,
+    gate: VersionGate,
+    handlers: Handlers,
+    sampling: Sampling,
+    front: Front,
+    sock: socket.socket,
+    certificates: Certificates | None,
+) -> tuple[Doors, int]:
+    """Both doors behind the front, still closed, and the port of gRPC's."""
+    server, health = handlers.settings.server, Health()
+    gate.on_failure(health.engine_lost)
+    grpc_server, grpc_port = await build_server(
+        handlers,
+        VllmChatBackend(app.state, gate),
+        sampling,
+        front.interceptors(),
+        host=server.host,
+        port=server.grpc_port,
+        health=health,
+        credentials=certificates.credentials() if certificates else None,
+    )
+    doors = Doors(
+        front.over(TraceMiddleware(app, gate)),
+        app.state,
+        sock,
+        grpc_server,
+        server.shutdown_s,
+        tls=certificates.context if certificates else None,
+        before_close=health.close,
+    )
+    return doors, grpc_port
+
+
+@contextlib.contextmanager
+def counted_refusals() -> Iterator[Refusals]:
+    """The counters of refused input, on `/metrics` for as long as the block runs."""
+    from prometheus_client import REGISTRY
+
+    refusals = export_refusals(Refusals())
+    try:
+        yield refusals
+    finally:
+        REGISTRY.unregister(refusals)
 
 
 def reachable(host: str) -> str:

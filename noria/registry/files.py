@@ -17,6 +17,8 @@ from noria.errors import IntegrityError
 from noria.registry.manifest import MANIFEST, FileEntry
 
 CHUNK_BYTES = 1 << 20
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Suffixes of files that can run code when they are read."""
 THREADS = 4  # hashing leaves the interpreter's lock; more threads than that only fight for the disk
 
 

@@ -1,5 +1,6 @@
 """The settings tree: `load_settings` reads it, `Settings` is what it becomes; the sections lie beside."""
 
+from noria.settings.input import ImageSettings, InputSettings
 from noria.settings.keeping import CaptureSettings, StoreSettings
 from noria.settings.limits import KeyLimits, KeyRules, LimitSettings
 from noria.settings.serving import EngineSettings, ReleaseSettings, SamplingSettings, ServerSettings
@@ -11,6 +12,8 @@ __all__ = [
     "CaptureSettings",
     "EngineSettings",
     "GrpcSettings",
+    "ImageSettings",
+    "InputSettings",
     "KeyLimits",
     "KeyRules",
     "LimitSettings",

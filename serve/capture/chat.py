@@ -16,6 +16,7 @@ from serve.capture.queue import CaptureQueue
 from serve.capture.tape import Captured, Tape
 from serve.engine.signed import Signed
 from serve.engine.versions import Trace, current_trace
+from serve.input.intake import current_intake
 
 DONE = "data: [DONE]\n\n"
 MOST_PAIRS, LONGEST_KEY, LONGEST_VALUE = 16, 64, 512  # OpenAI's limits on metadata
@@ -84,7 +85,11 @@ class CapturingChat(Signed):
             trace = Trace(request_id=request_id, streaming=bool(request.stream))
             current_trace.set(trace)
         trace.logprobs = True
-        return Tape(Captured(id=request_id, created_at=time.time(), model=model_name, request=request, trace=trace))
+        captured = Captured(id=request_id, created_at=time.time(), model=model_name, request=request, trace=trace)
+        intake = current_intake.get()
+        if intake is not None:
+            captured.replaced = intake.replaced
+        return Tape(captured)
 
     def _keep(self, tape: Tape, answer: Any = None) -> None:
         captured = tape.end(answer)

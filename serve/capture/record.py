@@ -21,7 +21,7 @@ APART = {"messages", "model", "user", "metadata", "store", "request_id"}  # kept
 def to_completion(captured: Captured, blobs: BlobSink) -> Completion:
     """The record of one answer. Raises what the blobs raise; nothing is written to the store here."""
     body = captured.request.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    messages, images = strip_images(body.get("messages") or [], blobs)
+    messages, images = strip_images(body.get("messages") or [], blobs, captured.replaced)
     metadata = body.get("metadata")
     version = captured.trace.version
     choices = _choices(captured)

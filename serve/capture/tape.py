@@ -8,12 +8,13 @@ Must not import vllm.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from serve.access.caller import current_caller
 from serve.engine.versions import Trace
+from serve.input.pictures.admit import Admitted
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Captured:
     duration_s: float | None = None
     finished: bool = False
     key_id: str = field(default_factory=lambda: current_caller.get().key_id)
+    replaced: Mapping[str, Admitted] = field(default_factory=dict)  # pictures that went to the engine changed, by URL
 
 
 class Tape:

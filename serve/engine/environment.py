@@ -47,6 +47,7 @@ def set_environment(settings: Settings) -> None:
             defaults["TORCHDYNAMO_DISABLE"] = "1"  # vLLM 0.31 compiles its sampler even so: six seconds, first request
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    os.environ["VLLM_MEDIA_CONNECTOR"] = "noria"  # serve.engine.media: also over what the operator has set
     if settings.engine.threads is not None and not has_gpu():
         os.environ["OMP_NUM_THREADS"] = str(settings.engine.threads)
 

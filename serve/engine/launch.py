@@ -21,15 +21,27 @@ from noria.settings import Settings
 from serve.capture.chat import CapturingChat
 from serve.capture.queue import CaptureQueue
 from serve.engine.environment import engines_from_fork_server, has_gpu
+from serve.engine.media import register_connector
 from serve.engine.proxy import EngineProxy
 from serve.engine.signed import Signed, SignedCompletions, adopt, follow_models
 from serve.engine.versions import VersionGate
+from serve.input.media import MediaDoor
+from serve.input.refusals import Refusals
 
 logger = logging.getLogger("noria.engine")
 WORKER_EXTENSION = "serve.release.worker"
 LONGEST_CONTEXT = 4096  # tokens, where neither the settings nor the checkpoint ask for less
 SEQUENCES_ON_CPU = 16
 PRIORITIES = "--scheduling-policy"
+SAFE_FORMATS = ("safetensors", "fastsafetensors", "runai_streamer")
+UNSAFE = {
+    "trust_remote_code": "is refused: it runs code that comes with a checkpoint",
+    "allowed_local_media_path": "is refused: say input.images.allowed_folder",
+    "allowed_media_domains": "is refused: say input.images.fetch and input.images.allowed_hosts",
+    "enable_mm_embeds": "is refused: it unpickles what clients send",
+    "enable_prompt_embeds": "is refused: it unpickles what clients send",
+    "trust_request_mm_kwargs": "is refused: what is stored would not tell what the model was shown",
+}
 
 
 def engine_flags(settings: Settings, model: Path, version: str) -> list[str]:
@@ -52,6 +64,7 @@ def engine_flags(settings: Settings, model: Path, version: str) -> list[str]:
     if importlib.util.find_spec(WORKER_EXTENSION) is not None:
         flags.append(f"--worker-extension-cls={WORKER_EXTENSION}.NoriaWorkerExtension")
     flags.append(f"{PRIORITIES}=priority")  # sampling is scheduled below users
+    flags.append("--load-format=safetensors")  # vLLM's own choice falls back to pickles
     if engine.policy_adapters:
         room = [f"--max-loras={engine.policy_adapters}", f"--max-cpu-loras={engine.policy_adapters}"]
         flags += ["--enable-lora", *room, f"--max-lora-rank={engine.policy_rank}"]
@@ -82,7 +95,18 @@ def parse_flags(flags: list[str]) -> Namespace:
         raise SettingsError(
             f"vLLM refuses its arguments: {reason}\n(they were {flags})", param="engine.args"
         ) from error
+    refuse_unsafe(args)
     return args
+
+
+def refuse_unsafe(args: Namespace) -> None:
+    """Raises SettingsError for what would run a checkpoint's code, or let media in by another way than Noria's."""
+    for name, why in UNSAFE.items():
+        if getattr(args, name, None):
+            raise SettingsError(f"engine.args: --{name.replace('_', '-')} {why}", param="engine.args")
+    if args.load_format not in SAFE_FORMATS:
+        said = f"engine.args: --load-format={args.load_format} is refused: weights are read from safetensors alone"
+        raise SettingsError(said, param="engine.args")
 
 
 def start_engine(args: Namespace, *, fast: bool) -> Any:
@@ -114,15 +138,23 @@ def start_engine(args: Namespace, *, fast: bool) -> Any:
 
 
 async def build_application(
-    engine: Any, args: Namespace, gate: VersionGate, capture: CaptureQueue | None, settings: Settings
+    engine: Any,
+    args: Namespace,
+    gate: VersionGate,
+    capture: CaptureQueue | None,
+    settings: Settings,
+    refusals: Refusals,
 ) -> Any:
     """vLLM's FastAPI application over the engine, all its routes kept, every generation behind the gate.
+
+    Pictures come in through `serve.input`, whichever route or wire a request takes.
 
     Without `capture` nothing of the traffic is kept.
     """
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
 
+    register_connector(MediaDoor(settings.input.images, refusals))
     await engine.reset_mm_cache()
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)

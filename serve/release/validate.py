@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from noria.errors import IntegrityError
+from noria.registry.files import PICKLES
 
 CHUNK_BYTES = 8 * 2**20
 HEADER_LIMIT_BYTES = 100 * 2**20
@@ -61,6 +62,7 @@ class TensorEntry:
 
 def validate_serving(candidate: Path, running: Path) -> int:
     """Raises IntegrityError unless the engine that runs `running` can load `candidate`; returns the tensors checked."""
+    _refuse_code(candidate)
     _compare_config(candidate, running)
     _compare_read_at_start(candidate, running)
     tensors, expected = read_tensors(candidate), read_tensors(running)
@@ -69,6 +71,12 @@ def validate_serving(candidate: Path, running: Path) -> int:
     for name, entry in tensors.items():
         check_finite(name, entry)
     return len(tensors)
+
+
+def _refuse_code(folder: Path) -> None:
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in (*PICKLES, ".py"):
+            raise IntegrityError(f"{file.name} can run code when it is read; a version is safetensors", param=file.name)
 
 
 def read_tensors(folder: Path) -> dict[str, TensorEntry]:

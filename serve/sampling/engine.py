@@ -53,6 +53,8 @@ class VllmSamplingEngine:
             rendered = await handler.render_chat_request(request)
         except ValidationError as error:
             raise invalid_chat(error) from error
+        except NoriaError:
+            raise
         except Exception as error:  # vLLM's own table knows which of its errors is whose fault
             raise _as_ours(error) from error
         if isinstance(rendered, ErrorResponse):

@@ -20,7 +20,7 @@ from noria.settings import Settings
 from noria.store import Store
 from noria.tls import Trust
 from tests.contract.doors import Door, GrpcDoor, HttpDoor
-from tests.contract.fake_engine import FakeSystem
+from tests.contract.fake_system import FakeSystem
 from tests.servers import publish_tiny, start_server
 
 

@@ -1,7 +1,6 @@
 """A small engine for the contract suite: it answers at once, by a rule, and captures into the real store.
 
-Comes in: OpenAI chat bodies. Goes out: what vLLM's handler would give. Store, blobs, gate, capture, handlers, HTTP
-router and gRPC server around it are the real ones; `FakeSystem` runs them on one event loop in a thread.
+Comes in: OpenAI chat bodies. Goes out: what vLLM's handler would give.
 """
 
 from __future__ import annotations
@@ -9,52 +8,25 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import uvicorn
-from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from noria.blobs import Blobs
-from noria.errors import InvalidRequest, NoriaError, NotFound
-from noria.records import Json
-from noria.registry import ManifestDraft, Registry, fingerprint
-from noria.settings import Settings
-from noria.store import Store
-from serve.access.audit import Audit
-from serve.access.guards.http import AccessMiddleware
-from serve.access.keys import Access
-from serve.access.limits.http import LimitsMiddleware
-from serve.access.limits.judgements import CallerLimits
-from serve.access.limits.limits import Limits
+from noria.errors import InvalidRequest, NotFound
+from noria.records import Json, image_references
 from serve.access.limits.load import Meter, current_ticket
 from serve.api.chat import begin_trace
-from serve.api.errors import error_response
-from serve.api.grpc.health import Health
-from serve.api.grpc.server import build_server
-from serve.api.handlers import Handlers
-from serve.api.http import build_router
-from serve.api.openai.stored import build_stored_router
 from serve.capture.chat import storage_fault
 from serve.capture.queue import CaptureQueue
 from serve.capture.tape import Captured, ChoiceTape
-from serve.engine.middleware import TraceMiddleware
-from serve.engine.versions import ServingVersion, Trace, VersionGate, current_trace
-from serve.sampling.adapters.shelf import AdapterShelf
-from serve.sampling.http import build_sampling_router
-from serve.sampling.service import Sampling
-from serve.sampling.turns import Turns
-from serve.tls import Https, certificates_of
-from tests.contract.fake_sampling import FakeSamplingEngine
-from tests.unit.sampling.adapters import write_serving
+from serve.engine.versions import Trace, VersionGate, current_trace
+from serve.input.intake import current_intake
+from serve.input.media import MediaDoor
 
 
 class ChatBody(BaseModel):
@@ -77,9 +49,10 @@ class FakeChat:
     With `ignore_eos` a stream never ends by itself.
     """
 
-    def __init__(self, gate: VersionGate, capture: CaptureQueue) -> None:
+    def __init__(self, gate: VersionGate, capture: CaptureQueue, door: MediaDoor) -> None:
         self._gate = gate
         self._capture = capture
+        self._door = door
 
     async def chat(self, request: Json) -> Json:
         """The whole answer."""
@@ -104,6 +77,7 @@ class FakeChat:
     async def answer(self, body: ChatBody) -> Json:
         """The whole answer, captured."""
         trace = _trace()
+        await self.look(body.messages)
         with Meter(current_ticket.get(), body) as meter:
             return await self._answered(body, trace, meter)
 
@@ -124,6 +98,7 @@ class FakeChat:
         """The answer in chunks, captured at its end or where it was broken off."""
         trace = _trace()
         trace.streaming = True
+        await self.look(body.messages)
         asked = SimpleNamespace(n=body.n, output_kind=SimpleNamespace(name="DELTA"))
         with Meter(current_ticket.get(), asked) as meter:
             async with aclosing(self._chunks(body, trace, meter)) as chunks:
@@ -150,13 +125,19 @@ class FakeChat:
             self._keep(body, head["id"], trace, said, finished=finished)
             self._gate.release(trace)
 
+    async def look(self, messages: list[Json]) -> None:
+        """Takes the pictures in by the door that vLLM's connector uses."""
+        for reference in image_references(messages):
+            await self._door.admit(reference)
+
     def _keep(self, body: ChatBody, id_: str, trace: Trace, texts: list[str], finished: bool = True) -> None:
         if (body.model_extra or {}).get("store") is False:
             return
         tapes = {i: ChoiceTape(i, token_ids=[1, 2], texts=[text], finish_reason="stop") for i, text in enumerate(texts)}
-        self._capture.offer(
-            Captured(id_, time.time(), "noria", body, trace, prompt_token_ids=[3], choices=tapes, finished=finished)
-        )
+        captured = Captured(id_, time.time(), "noria", body, trace, [3], tapes, finished=finished)
+        intake = current_intake.get()
+        captured.replaced = intake.replaced if intake else {}
+        self._capture.offer(captured)
 
 
 def parsed(request: Json) -> ChatBody:
@@ -174,181 +155,6 @@ def parsed(request: Json) -> ChatBody:
     if wrong is not None:
         raise InvalidRequest(wrong[1], param=wrong[0])
     return body
-
-
-def chat_app(
-    chat: FakeChat, routers: Sequence[APIRouter], gate: VersionGate, access: Access, audit: Audit, limits: Limits
-) -> Any:
-    """The application: `/v1/chat/completions` over the fake, and our own routers."""
-    app = FastAPI()
-
-    @app.post("/v1/chat/completions")
-    async def create(request: Request) -> Response:
-        try:
-            body = parsed(await request.json())
-            if body.stream:
-                return StreamingResponse(_lines(chat.chunks(body)), media_type="text/event-stream")
-            return JSONResponse(await chat.answer(body))
-        except NoriaError as error:
-            return error_response(error)
-
-    for router in routers:
-        app.include_router(router)
-    return AccessMiddleware(LimitsMiddleware(TraceMiddleware(app, gate), limits), access, audit)
-
-
-class HttpsServer(Https, uvicorn.Server):
-    """What `serve.doors` makes of vLLM's server."""
-
-
-class FakeSystem:
-    """Everything of a server but vLLM, listening on two free ports.
-
-    `adapters` is `engine.policy_adapters`, `limits` the settings' section, `server` more of the settings' section of
-    that name. Its engine runs four sequences; the limits' clocks are `monotonic_ns` and `wall`.
-    """
-
-    def __init__(
-        self,
-        home: Path,
-        api_key: str | None = None,
-        adapters: int = 2,
-        *,
-        server: Json | None = None,
-        limits: Json | None = None,
-    ) -> None:
-        self.home = home
-        self.monotonic_ns: Callable[[], int] = time.monotonic_ns
-        self.wall: Callable[[], float] = time.time
-        self.limits: Limits
-        keyed = {"api_key": api_key} if api_key else {}
-        self._settings = Settings(home=home, server={**keyed, **(server or {})}, limits=limits or {})
-        self.certificates = certificates_of(self._settings.server.tls)
-        self.health: Health
-        home.mkdir(parents=True, exist_ok=True)
-        self._ready = threading.Event()
-        self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
-        self.http_port = self.grpc_port = 0
-        self.chat: FakeChat
-        self.gate: VersionGate
-        self.sampling: Sampling
-        self.engine = FakeSamplingEngine()
-        self._adapters = adapters
-
-    def start(self) -> None:
-        """Returns when both doors are open."""
-        self._thread.start()
-        if not self._ready.wait(30):
-            raise RuntimeError("the fake system did not start")
-
-    def stop(self) -> None:
-        """Closes both doors and what is behind them."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(20)
-            if self._thread.is_alive():
-                raise RuntimeError("the fake system did not end")
-
-    def on_loop(self, call: Callable[[], Any]) -> Any:
-        """What the call gives, made on the event loop; a coroutine's result."""
-
-        async def made() -> Any:
-            found = call()
-            return await found if asyncio.iscoroutine(found) else found
-
-        return asyncio.run_coroutine_threadsafe(made(), self._loop).result(30)
-
-    def swap(self, version: ServingVersion) -> None:
-        """Has another version serve, in the releaser's order."""
-
-        async def change() -> None:
-            async with self.gate.exclusive(10):
-                await self.sampling.forget_adapters()
-                self.gate.set_current(version)
-
-        self.on_loop(change)
-
-    async def _run(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        with Store.open(self._settings.store_url, clock=lambda: self.wall()) as store:
-            registry = Registry(self._settings.models_dir, store)
-            version = _first_version(registry)
-            gate = self.gate = VersionGate(version)
-            blobs = Blobs(self._settings.blobs_url)
-            capture = CaptureQueue(store, blobs, self._settings.capture)
-            limits = self.limits = Limits(
-                self._settings.limits, 4, store, clock_ns=lambda: self.monotonic_ns(), wall=lambda: self.wall()
-            )
-            await limits.tokens.load()
-            handlers = Handlers(
-                store=store,
-                registry=registry,
-                blobs=blobs,
-                gate=gate,
-                capture=capture,
-                settings=self._settings,
-                limits=CallerLimits(limits, store),
-            )
-            self.chat = FakeChat(gate, capture)
-            shelf = AdapterShelf(self.engine, gate, self.home / "adapters", most=self._adapters, max_rank=8)
-            audit = handlers.audit
-            sampling = self.sampling = Sampling(self.engine, gate, shelf, Turns(4, 1, quiet_s=0.01), audit)
-            access = Access(store, self._settings.server, refresh_s=0.05)
-            stored = build_stored_router(store, blobs, capture, audit)
-            routers = (stored, build_sampling_router(sampling), build_router(handlers))
-            keeping = asyncio.create_task(sampling.keep())
-            self.health, tls = Health(), self.certificates
-            gate.on_failure(self.health.engine_lost)
-            credentials = tls and tls.credentials()
-            rpc, self.grpc_port = await build_server(
-                handlers,
-                self.chat,
-                sampling,
-                access,
-                host="127.0.0.1",
-                port=0,
-                limits=limits,
-                health=self.health,
-                credentials=credentials,
-            )
-            await rpc.start()
-            await self._serve_http(chat_app(self.chat, routers, gate, access, audit, limits))
-            keeping.cancel()
-            await sampling.close()
-            await self.health.close()
-            await rpc.stop(1)
-            await access.close()
-            await capture.close()
-            await limits.tokens.write()
-
-    async def _serve_http(self, app: Any) -> None:
-        tls = self.certificates
-        config = uvicorn.Config(
-            app,
-            port=0,
-            log_level="warning",
-            lifespan="off",
-            ssl_context_factory=(lambda *_: tls.context) if tls else None,
-        )
-        http = HttpsServer(config) if tls else uvicorn.Server(config)
-        listening = config.bind_socket()
-        listening.listen()
-        self.http_port = listening.getsockname()[1]
-        task = asyncio.create_task(http.serve(sockets=[listening]))
-        self._ready.set()
-        await self._stop.wait()
-        http.should_exit = True
-        await task
-
-
-def _first_version(registry: Registry) -> ServingVersion:
-    staging = registry.begin("fake")
-    write_serving(staging / "serving")
-    frozen = {"vision_tower": "sha256:00", "aligner": "sha256:01"}
-    manifest = registry.publish(staging, ManifestDraft(method="base", metrics={"kl": 0.25}, frozen=frozen))
-    registry.promote(manifest.id)
-    return ServingVersion(manifest.id, fingerprint(manifest), registry.path(manifest.id) / "serving")
 
 
 def _trace() -> Trace:
@@ -404,7 +210,7 @@ def _usage(body: ChatBody, texts: list[str]) -> Json:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-async def _lines(chunks: AsyncGenerator[Json, None]) -> AsyncIterator[str]:
+async def server_sent(chunks: AsyncGenerator[Json, None]) -> AsyncIterator[str]:
     async with aclosing(chunks):
         async for one in chunks:
             yield f"data: {json.dumps(one)}\n\n"

@@ -23,7 +23,7 @@ from noria.sampling.places import place_at
 from noria.settings import Settings
 from noria.store import Store
 from tests.contract.doors import Door, GrpcDoor, HttpDoor, Refused, plain
-from tests.contract.fake_engine import FakeSystem
+from tests.contract.fake_system import FakeSystem
 from tests.contract.test_judgements import side
 from tests.unit.sampling.adapters import write_adapter
 

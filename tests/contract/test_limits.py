@@ -18,7 +18,7 @@ from noria.records import Json
 from noria.settings import Settings
 from noria.store import Store
 from tests.contract.doors import Door, GrpcDoor, HttpDoor, Refused, chat_body, chat_request
-from tests.contract.fake_engine import FakeSystem
+from tests.contract.fake_system import FakeSystem
 from tests.contract.test_sampling import waited
 
 NOON = 1_800_000_000.0 - 1_800_000_000.0 % 86_400 + 43_200

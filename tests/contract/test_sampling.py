@@ -25,7 +25,7 @@ from noria.settings import GrpcSettings
 from noria.v1 import sampling_pb2, sampling_pb2_grpc
 from serve.engine.versions import ServingVersion, Trace
 from tests.contract.doors import chat_body
-from tests.contract.fake_engine import FakeSystem
+from tests.contract.fake_system import FakeSystem
 from tests.unit.sampling.adapters import write_adapter
 
 WORDS: Json = {"messages": [{"role": "user", "content": "which colour?"}], "seed": 3}

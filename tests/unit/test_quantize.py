@@ -284,6 +284,7 @@ def test_a_sharded_checkpoint_keeps_its_files(tiny_vlm: Path, tmp_path: Path) ->
     [
         (lambda f: (f / "config.json").unlink(), InvalidRequest, "no config.json"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), UnsupportedModel, "pickled weights"),
+        (lambda f: (f / "training_args.bin").write_bytes(b"x"), UnsupportedModel, "remove them"),
         (lambda f: _config(f, auto_map={"AutoModel": "x.Y"}), UnsupportedModel, "own code"),
         (lambda f: _config(f, architectures=["T5Model"], model_type="t5"), UnsupportedModel, "not in the module map"),
         (lambda f: _config(f, quantization_config={"quant_method": "awq"}), UnsupportedModel, "'awq'"),

@@ -104,10 +104,6 @@ def test_a_chat_request_is_the_http_body() -> None:
         (lambda r: r.extra.update({"stream": True}), "extra.stream"),
         (lambda r: r.messages.add(role="user", content="a").parts.add(text="b"), "messages.0.content"),
         (lambda r: r.messages.add(role="user").parts.add(), "messages.0.parts.0"),
-        (
-            lambda r: r.messages.add(role="user").parts.add(image=inference_pb2.Image(data=b"?")),
-            "messages.0.parts.0.image",
-        ),
     ],
 )
 def test_a_contradictory_chat_request_names_the_field(change: Any, param: str) -> None:

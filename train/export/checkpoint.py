@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from noria.errors import IntegrityError, UnsupportedModel
+from noria.registry.files import PICKLES
 
 INDEX_NAME = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
+LEFT_OUT = (".safetensors", ".gguf", ".msgpack", ".h5", ".py", *PICKLES)  # weights, and code
 BYTES_OF = {
     "F64": 8,
     "I64": 8,
@@ -140,12 +141,12 @@ def tree_hash(folder: Path) -> str:
 
 
 def copy_side_files(source: Path, out: Path) -> list[str]:
-    """Copies everything that is not weights (tokenizer, processor, template, configs); returns the relative paths."""
+    """Copies what is neither weights nor code (tokenizer, processor, template, configs); returns the relative paths."""
     copied = []
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         relative = file.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or file.suffix in (".safetensors", ".gguf", *PICKLES) or file.name == INDEX_NAME:
+        if hidden or file.suffix in LEFT_OUT or file.name == INDEX_NAME:
             continue
         (out / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, out / relative)

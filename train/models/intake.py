@@ -21,8 +21,8 @@ from typing import Literal
 from noria.errors import Conflict, InvalidRequest, UnsupportedModel
 from noria.modules import architecture_of
 from noria.records import Json
+from noria.registry.files import PICKLES
 from train.export.checkpoint import (
-    PICKLES,
     NewTensor,
     TensorEntry,
     copy_side_files,
@@ -64,11 +64,11 @@ def check_source(source: Path) -> Json:
     config: Json = json.loads((source / "config.json").read_text())
     if "auto_map" in config:
         raise UnsupportedModel(f"{source} wants to run its own code (auto_map); that is refused", param="auto_map")
-    pickles = sorted(file.name for file in source.iterdir() if file.suffix in PICKLES)
-    if pickles and not any(source.glob("*.safetensors")):
+    pickles = sorted(file.name for file in source.rglob("*") if file.suffix.lower() in PICKLES)
+    if pickles:
         raise UnsupportedModel(
             f"{source} holds pickled weights ({', '.join(pickles[:3])}), which can run code when they are read; "
-            "convert them to safetensors",
+            "convert them to safetensors, or remove them where the same weights lie beside them",
             param="source",
         )
     arch = architecture_of(config)

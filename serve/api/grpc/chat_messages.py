@@ -86,17 +86,15 @@ def _part(part: Any, where: str) -> Json:
     source = part.image.WhichOneof("source")
     if source is None:
         raise InvalidRequest(f"{where}: a part has text, or an image with data or url", param=where)
-    image = {"url": part.image.url if source == "url" else data_url(part.image.data, part.image.media_type, where)}
+    image = {"url": part.image.url if source == "url" else data_url(part.image.data, part.image.media_type)}
     if part.image.HasField("detail"):
         image["detail"] = part.image.detail
     return {"type": "image_url", "image_url": image}
 
 
-def data_url(data: bytes, media_type: str, where: str) -> str:
-    """The picture as a data: URL; its bytes, and so its hash in the store, stay what they are."""
-    kind = media_type or recognised(data)
-    if not kind:
-        raise InvalidRequest(f"{where}.image: these bytes are no known picture; set media_type", param=f"{where}.image")
+def data_url(data: bytes, media_type: str) -> str:
+    """The picture as a data: URL, byte for byte; whether it is one is decided where HTTP's are (`serve.input`)."""
+    kind = media_type or recognised(data) or "application/octet-stream"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 

@@ -7,6 +7,7 @@ Must not import vllm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -25,10 +26,6 @@ from noria.v1 import (
     sampling_pb2,
     sampling_pb2_grpc,
 )
-from serve.access.guards.grpc import AccessInterceptor
-from serve.access.keys import Access
-from serve.access.limits.grpc import LimitsInterceptor
-from serve.access.limits.limits import Limits
 from serve.api.chat import ChatBackend
 from serve.api.grpc.health import Health
 from serve.api.grpc.sampling import SamplingServicer
@@ -49,21 +46,21 @@ async def build_server(
     handlers: Handlers,
     chat: ChatBackend,
     sampling: Sampling,
-    access: Access,
+    interceptors: Sequence[Any],
     *,
     host: str,
     port: int,
-    limits: Limits | None = None,
     health: Health | None = None,
     credentials: Any = None,
 ) -> tuple[grpc.aio.Server, int]:
     """The server and the port it is bound to (`port` 0 takes a free one); call it inside the running loop.
 
-    With `credentials` (`serve.tls`) the port speaks TLS. Raises SettingsError when the address is taken.
+    `interceptors` are the front's (`serve.front`); with `credentials` (`serve.tls`) the port speaks TLS. Raises
+    SettingsError when the address is taken.
     """
     wire = handlers.settings.server
     server = grpc.aio.server(
-        interceptors=[AccessInterceptor(access), *([LimitsInterceptor(limits)] if limits else [])],
+        interceptors=list(interceptors),
         options=connection_options(wire.grpc, wire.shutdown_s),
         compression=COMPRESSION[wire.grpc.compression],
     )

@@ -15,7 +15,7 @@ from noria.evals import ask
 from noria.records import Evaluation
 from noria.registry import ManifestDraft, Registry
 from noria.store import Store
-from tests.contract.fake_engine import FakeSystem
+from tests.contract.fake_system import FakeSystem
 from tests.unit.evals.files import png, write, write_lines
 from tests.unit.fake_server import Answer, serving, status
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,17 @@ def test_a_file_that_is_not_what_its_header_says(
     with pytest.raises(IntegrityError) as caught:
         validate_serving(folder, running)
     assert says in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "deep/optimizer.PT", "a.pkl", "model.ckpt", "modeling_x.py"])
+def test_what_can_run_code_never_goes_live(tmp_path: Path, running: Path, name: str) -> None:
+    candidate = Path(shutil.copytree(running, tmp_path / "candidate"))
+    validate_serving(candidate, running)
+    (candidate / name).parent.mkdir(exist_ok=True)
+    (candidate / name).write_bytes(b"x")
+    with pytest.raises(IntegrityError, match="can run code") as refused:
+        validate_serving(candidate, running)
+    assert refused.value.param == Path(name).name
 
 
 def test_no_file_at_all(tmp_path: Path, running: Path) -> None:

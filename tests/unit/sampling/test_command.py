@@ -14,7 +14,7 @@ from noria.cli.sample.prompts import prompts_of
 from noria.errors import InvalidRequest
 from noria.records import Json
 from noria.rewards import ExactOptions
-from tests.contract.fake_engine import FakeSystem
+from tests.contract.fake_system import FakeSystem
 from tests.unit.evals.files import png
 from train.rewards import Sample, build
 
