@@ -38,6 +38,9 @@ from serve.engine.launch import build_application, engine_flags, parse_flags, st
 from serve.engine.middleware import KeyMiddleware, TraceMiddleware
 from serve.engine.versions import VersionGate
 from serve.live import choose_version
+from serve.privacy.keeper import Keeper
+from serve.privacy.metrics import exported_privacy
+from serve.privacy.scrub import Scrubber
 from serve.release.releaser import Releaser
 from serve.sampling.http import build_sampling_router
 from serve.sampling.start import sampling_over
@@ -58,15 +61,26 @@ async def run(settings: Settings, model: str | None = None) -> int:
         store = await asyncio.to_thread(Store.open, settings.store_url)
         stack.callback(store.close)
         registry, blobs = Registry(settings.models_dir, store), Blobs(settings.blobs_url)
+        scrubber, keeper = Scrubber(settings.privacy), Keeper(store, blobs, settings.privacy)
         gate = VersionGate(await asyncio.to_thread(choose_version, registry, model))
-        capture = await stack.enter_async_context(_capture(store, blobs, settings))
+        capture = await stack.enter_async_context(_capture(store, blobs, settings, scrubber))
+        stack.enter_context(exported_privacy(scrubber, keeper))
         args = parse_flags(engine_flags(settings, gate.current.path, gate.current.id))
         engine = await stack.enter_async_context(running_engine(args, settings))
         app = await build_application(engine, args, gate, capture, settings)
         sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings))
-        handlers = Handlers(store=store, registry=registry, blobs=blobs, gate=gate, capture=capture, settings=settings)
+        handlers = Handlers(
+            store=store,
+            registry=registry,
+            blobs=blobs,
+            gate=gate,
+            capture=capture,
+            settings=settings,
+            scrubber=scrubber,
+            kept=keeper.told,
+        )
         app.add_exception_handler(NoriaError, answer_error)
-        app.include_router(build_stored_router(store, blobs, capture))
+        app.include_router(build_stored_router(store, blobs, capture, scrubber))
         app.include_router(build_sampling_router(sampling, handlers.api_key))
         app.include_router(build_router(handlers))
         server = settings.server
@@ -86,6 +100,7 @@ async def run(settings: Settings, model: str | None = None) -> int:
         announcement = Announcement(settings.home, store, gate, capture, info)
         stack.callback(announcement.withdraw)
         await stack.enter_async_context(background(announcement.keep(), "heartbeat"))
+        await stack.enter_async_context(background(keeper.run(), "retention"))
         await stack.enter_async_context(background(watch(engine, gate, stop), "watch"))
         print(f"noria: serving {gate.current.id} on {info['url']} and grpc {info['grpc']}", flush=True)
         await stop.asked.wait()
@@ -160,10 +175,10 @@ class Announcement:
 
 
 @asynccontextmanager
-async def _capture(store: Store, blobs: Blobs, settings: Settings) -> AsyncIterator[CaptureQueue]:
+async def _capture(store: Store, blobs: Blobs, settings: Settings, scrubber: Scrubber) -> AsyncIterator[CaptureQueue]:
     from prometheus_client import REGISTRY
 
-    capture = CaptureQueue(store, blobs, settings.capture)
+    capture = CaptureQueue(store, blobs, settings.capture, scrubber.completion)
     collector = export_capture(capture)
     try:
         yield capture

@@ -1,6 +1,7 @@
 """The settings tree: `load_settings` reads it, `Settings` is what it becomes; the sections lie beside."""
 
 from noria.settings.keeping import CaptureSettings, StoreSettings
+from noria.settings.privacy import PrivacySettings
 from noria.settings.serving import EngineSettings, ReleaseSettings, SamplingSettings, ServerSettings
 from noria.settings.training import PolicySettings, QuantizeSettings, TrainSettings, VerifySettings
 from noria.settings.tree import Settings, load_settings, override_train
@@ -9,6 +10,7 @@ __all__ = [
     "CaptureSettings",
     "EngineSettings",
     "PolicySettings",
+    "PrivacySettings",
     "QuantizeSettings",
     "ReleaseSettings",
     "SamplingSettings",

@@ -24,6 +24,7 @@ from noria.errors import SettingsError
 from noria.methods.grpo import policy_conflict
 from noria.methods.table import METHODS
 from noria.settings.keeping import CaptureSettings, StoreSettings
+from noria.settings.privacy import PrivacySettings
 from noria.settings.serving import EngineSettings, ReleaseSettings, SamplingSettings, ServerSettings
 from noria.settings.training import TrainSettings
 
@@ -48,6 +49,7 @@ class Settings(BaseSettings):
     sampling: SamplingSettings = SamplingSettings()
     capture: CaptureSettings = CaptureSettings()
     store: StoreSettings = StoreSettings()
+    privacy: PrivacySettings = PrivacySettings()
     train: TrainSettings = TrainSettings()
     release: ReleaseSettings = ReleaseSettings()
 

@@ -19,6 +19,7 @@ from noria.store.feedback import FeedbackStore
 from noria.store.jobs import JobStore
 from noria.store.pairs import PairStore
 from noria.store.preferences import PreferenceStore
+from noria.store.privacy import LineageStore, PictureStore, RetentionStore
 from noria.store.releases import ProcessStore, RolloutStore, VersionStore
 
 __all__ = ["Store"]
@@ -34,6 +35,9 @@ class Store(
     RolloutStore,
     ProcessStore,
     EvaluationStore,
+    LineageStore,
+    PictureStore,
+    RetentionStore,
 ):
     """One open store. Each method is one transaction, durable when it returns.
 

@@ -15,6 +15,7 @@ from noria.errors import InvalidRequest, NotFound
 from noria.records import Feedback, Json, Side
 from noria.store.completions import Order, Part, delete_all
 from noria.store.preferences import choice_row, insert_preference, page, used_by_a_job
+from noria.store.privacy import lineage
 from noria.store.tables import choices, completions, feedback, preferences
 
 
@@ -114,33 +115,33 @@ class FeedbackStore(Part):
     def forget_end_user(self, user: str) -> Json:
         """Deletes all that came from one end user: completions, all that hangs on them, and what the user judged.
 
-        Returns counts (`completions`, `choices`, `preferences`, `feedback`) and `images`: the sha256 of images that
-        nothing refers to any more, for the caller to delete from the blobs.
+        Returns counts (`completions`, `choices`, `preferences`, `feedback`); `images`: the sha256 of images that
+        nothing refers to any more, for the caller to drop from the blobs; `lineage`: which versions learnt from what
+        is deleted here, and which unfinished jobs had it in their snapshots (docs/privacy.md). The versions stay
+        marked; the user's name stays nowhere.
         """
         with self._db.write() as conn:
-            ids = list(conn.execute(select(completions.c.id).where(completions.c.end_user == user)).scalars())
-            theirs = select(completions.c.id).where(completions.c.end_user == user).scalar_subquery()
-            n_choices = _count(conn, choices, choices.c.completion_id.in_(theirs))
-            opinions = conn.execute(
-                delete(feedback).where(or_(feedback.c.annotator == user, feedback.c.completion_id.in_(theirs)))
-            ).rowcount
-            judged = conn.execute(
-                delete(preferences).where(
-                    or_(
-                        preferences.c.annotator == user,
-                        preferences.c.chosen_completion_id.in_(theirs),
-                        preferences.c.rejected_completion_id.in_(theirs),
-                    )
-                )
-            ).rowcount
-            images = delete_all(conn, ids) or []
-        return {
-            "completions": len(ids),
-            "choices": n_choices,
-            "preferences": judged,
-            "feedback": opinions,
-            "images": images,
-        }
+            theirs = select(completions.c.id).where(completions.c.end_user == user)
+            ids = list(conn.execute(theirs).scalars())
+            said = or_(feedback.c.annotator == user, feedback.c.completion_id.in_(theirs))
+            judged = or_(
+                preferences.c.annotator == user,
+                preferences.c.chosen_completion_id.in_(theirs),
+                preferences.c.rejected_completion_id.in_(theirs),
+            )
+            judgements = [select(preferences.c.id).where(judged), select(feedback.c.id).where(said)]
+            used = lineage.lineage_of(conn, [theirs, *judgements])
+            told = lineage.told(conn, used)
+            counts = {"completions": len(ids), "choices": _count(conn, choices, choices.c.completion_id.in_(theirs))}
+            # Feedback first: a preference's deletion would set its reference to NULL row by row.
+            n_feedback = conn.execute(delete(feedback).where(said)).rowcount
+            counts["preferences"] = conn.execute(delete(preferences).where(judged)).rowcount
+            counts["feedback"] = n_feedback
+            images = delete_all(self._db, conn, ids) or []
+            if any(counts.values()):
+                lineage.mark(self._db, conn, self._now(), user, counts, used)
+        self._db.empty_log()
+        return {**counts, "images": images, "lineage": told}
 
 
 def _count(conn: Any, table: Any, condition: Any) -> int:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from noria.blobs import Blobs
 from noria.errors import Unavailable
-from noria.records import Json
+from noria.records import Feedback, Json, Preference
 from noria.store import Store
 from serve.api.ports import Capture
 from serve.api.schemas import FeedbackBody, FeedbackPage, OrderedPage, PreferenceBody, SideBody, listing, parse
+from serve.privacy.scrub import Scrubber
 
 FLUSH_S = 15.0  # far above one commit: only a store that hangs takes so long
 
@@ -23,10 +25,11 @@ FLUSH_S = 15.0  # far above one commit: only a store that hangs takes so long
 class Judgements:
     """Handlers of preferences, feedback and the deletion of what one end user left behind."""
 
-    def __init__(self, store: Store, blobs: Blobs, capture: Capture) -> None:
+    def __init__(self, store: Store, blobs: Blobs, capture: Capture, scrubber: Scrubber) -> None:
         self._store = store
         self._blobs = blobs
         self._capture = capture
+        self._scrubber = scrubber
 
     async def record_preference(self, body: Mapping[str, Any]) -> tuple[Json, bool]:
         """Stores a preference, durable on return; False when the same annotator said the same of the pair before.
@@ -36,14 +39,15 @@ class Judgements:
         """
         asked = parse(PreferenceBody, body)
         await self._answers_stored(asked.chosen, asked.rejected)
-        preference, created = await asyncio.to_thread(
-            self._store.add_preference,
-            asked.chosen.side(),
-            asked.rejected.side(),
-            verdict=asked.verdict,
-            annotator=asked.annotator,
-            comment=asked.comment,
-        )
+
+        def record() -> tuple[Preference, bool]:
+            words = self._scrubber.words
+            chosen, rejected = (replace(one.side(), text=words(one.text)) for one in (asked.chosen, asked.rejected))
+            return self._store.add_preference(
+                chosen, rejected, verdict=asked.verdict, annotator=asked.annotator, comment=words(asked.comment)
+            )
+
+        preference, created = await asyncio.to_thread(record)
         return preference.to_wire(), created
 
     async def list_preferences(self, query: Mapping[str, Any]) -> Json:
@@ -71,17 +75,19 @@ class Judgements:
         """Stores feedback on one choice; an edit also makes a preference, named in `preference_id`."""
         asked = parse(FeedbackBody, body)
         await self._flush(asked.completion_id)
-        feedback = await asyncio.to_thread(
-            self._store.add_feedback,
-            asked.completion_id,
-            asked.index,
-            rating=asked.rating,
-            thumb=asked.thumb,
-            edit=asked.edit,
-            comment=asked.comment,
-            annotator=asked.annotator,
-        )
-        return feedback.to_wire()
+
+        def record() -> Feedback:
+            return self._store.add_feedback(
+                asked.completion_id,
+                asked.index,
+                rating=asked.rating,
+                thumb=asked.thumb,
+                edit=self._scrubber.words(asked.edit),
+                comment=self._scrubber.words(asked.comment),
+                annotator=asked.annotator,
+            )
+
+        return (await asyncio.to_thread(record)).to_wire()
 
     async def list_feedback(self, query: Mapping[str, Any]) -> Json:
         """A page of feedback, newest first."""
@@ -104,14 +110,14 @@ class Judgements:
     async def forget_end_user(self, user: str) -> Json:
         """Deletes everything that one end user (`user` of the requests) left: answers, judgements, own pictures.
 
-        Returns how many of each; zeros when nothing was there, so that asking twice is no error.
+        Returns how many of each, and in `lineage` which versions learnt from it; zeros when nothing was there, so that
+        asking twice is no error.
         """
         await self._flush(None)
         counts = dict(await asyncio.to_thread(self._store.forget_end_user, user))
-        pictures = counts.pop("images", [])
-        for sha256 in pictures:
-            await asyncio.to_thread(self._blobs.delete, sha256)
-        return {"id": user, "object": "end_user.deleted", "deleted": True, **counts, "images": len(pictures)}
+        pictures = counts.pop("images")
+        dropped = await asyncio.to_thread(self._store.drop_pictures, pictures, self._blobs.delete)
+        return {"id": user, "object": "end_user.deleted", "deleted": True, **counts, "images": dropped}
 
     async def _answers_stored(self, *sides: SideBody) -> None:
         """An answer that was just given may still wait for its commit: let it, so that it can be judged at once."""

@@ -22,6 +22,9 @@ class BlobSink(Protocol):
     def put(self, data: bytes, media_type: str) -> Image:
         """Stores the bytes, once per content."""
 
+    def exists(self, sha256: str) -> bool:
+        """Whether they are there."""
+
 
 def strip_images(messages: list[Json], blobs: BlobSink) -> tuple[list[Json], list[Image]]:
     """The messages with every data URL stored and replaced; the stored media in the order in which they appear.

@@ -38,6 +38,7 @@ from serve.capture.queue import CaptureQueue
 from serve.capture.tape import Captured, ChoiceTape
 from serve.engine.middleware import KeyMiddleware, TraceMiddleware
 from serve.engine.versions import ServingVersion, Trace, VersionGate, current_trace
+from serve.privacy.scrub import Scrubber
 from serve.sampling.adapters.shelf import AdapterShelf
 from serve.sampling.http import build_sampling_router
 from serve.sampling.service import Sampling
@@ -219,9 +220,16 @@ class FakeSystem:
             version = _first_version(registry)
             gate = self.gate = VersionGate(version)
             blobs = Blobs(self._settings.blobs_url)
-            capture = CaptureQueue(store, blobs, self._settings.capture)
+            scrubber = Scrubber(self._settings.privacy)
+            capture = CaptureQueue(store, blobs, self._settings.capture, scrubber.completion)
             handlers = Handlers(
-                store=store, registry=registry, blobs=blobs, gate=gate, capture=capture, settings=self._settings
+                store=store,
+                registry=registry,
+                blobs=blobs,
+                gate=gate,
+                capture=capture,
+                settings=self._settings,
+                scrubber=scrubber,
             )
             self.chat = FakeChat(gate, capture)
             shelf = AdapterShelf(self.engine, gate, self.home / "adapters", most=self._adapters, max_rank=8)
