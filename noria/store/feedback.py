@@ -7,6 +7,7 @@ Must not import torch, vllm or fastapi.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from sqlalchemy import delete, func, or_, select
@@ -14,7 +15,7 @@ from sqlalchemy import delete, func, or_, select
 from noria.errors import InvalidRequest, NotFound
 from noria.records import Feedback, Json, Side
 from noria.store.completions import Order, Part, delete_all
-from noria.store.preferences import choice_row, insert_preference, page, used_by_a_job
+from noria.store.preferences import PAGE, choice_row, insert_preference, page, used_by_a_job
 from noria.store.privacy import lineage
 from noria.store.tables import choices, completions, feedback, preferences
 
@@ -65,6 +66,40 @@ class FeedbackStore(Part):
             )
             conn.execute(feedback.insert(), vars(said))
         return said
+
+    def import_feedback(self, said: Feedback) -> bool:
+        """Takes in feedback that another store exported; its id and time stay. False when that id is here already.
+
+        Raises what add_feedback raises; NotFound too for a preference that is not here.
+        """
+        _check(said.rating, said.thumb, said.edit, said.comment)
+        with self._db.write() as conn:
+            if conn.execute(select(feedback.c.id).where(feedback.c.id == said.id)).first() is not None:
+                return False
+            if conn.execute(select(completions.c.id).where(completions.c.id == said.completion_id)).first() is None:
+                message = f"completion_id: no stored completion {said.completion_id!r}"
+                raise NotFound(message, param="completion_id", code="completion_not_found")
+            choice_row(conn, said.completion_id, said.index, "index")
+            made = said.preference_id
+            if (
+                made is not None
+                and conn.execute(select(preferences.c.id).where(preferences.c.id == made)).first() is None
+            ):
+                raise NotFound(f"preference_id: no preference {made!r}", param="preference_id")
+            conn.execute(feedback.insert(), vars(said))
+            return True
+
+    def iter_feedback(self) -> Iterator[Feedback]:
+        """All feedback, oldest first, read in pages so that nothing is held open between two of them."""
+        after = 0
+        while True:
+            query = select(feedback).where(feedback.c.seq > after).order_by(feedback.c.seq).limit(PAGE)
+            with self._db.read() as conn:
+                rows = conn.execute(query).all()
+            if not rows:
+                return
+            yield from map(_feedback, rows)
+            after = rows[-1].seq
 
     def get_feedback(self, id_: str) -> Feedback:
         """One feedback. Raises NotFound."""
