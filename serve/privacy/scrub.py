@@ -78,7 +78,10 @@ class Scrubber:
         return None if text is None else self._words(text)
 
     def _choice(self, choice: Choice) -> Choice:
-        text, message = self._words(choice.text), self._any(choice.message)
+        text, said = self._words(choice.text), choice.message.get("content") == choice.text
+        message = self._any({key: one for key, one in choice.message.items() if not (said and key == "content")})
+        if said:
+            message = {key: text if key == "content" else message[key] for key in choice.message}  # counted once
         if text == choice.text and message == choice.message:
             return choice
         return dataclasses.replace(choice, text=text, message=message, token_ids=(), logprobs=())
