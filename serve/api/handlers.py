@@ -7,6 +7,7 @@ dicts and raise NoriaError. Must not import vllm, fastapi or grpc.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from noria.blobs import Blobs
 from noria.records import Json
@@ -32,18 +33,19 @@ class Handlers(Judgements, Operations):
         capture: Capture,
         settings: Settings,
         scrubber: Scrubber | None = None,
-        kept: Callable[[], Json] = dict,
+        kept: Callable[[], Json] = dict[str, Any],
     ) -> None:
         """`scrubber` is made from the settings where none is given; `kept` adds retention's figures to the status."""
         scrubber = scrubber or Scrubber(settings.privacy)
         Judgements.__init__(self, store, blobs, capture, scrubber)
         Operations.__init__(self, store, registry, gate, capture, settings)
         self.settings = settings
-        self.privacy = lambda: {"redacted": scrubber.redacted, "metadata_dropped": scrubber.metadata_dropped, **kept()}
+        self._kept = kept
 
     async def status(self) -> Json:
         """The operator's status, and what was redacted, dropped and deleted since the server started."""
-        return {**await super().status(), "privacy": self.privacy()}
+        counts = {"redacted": self._scrubber.redacted, "metadata_dropped": self._scrubber.metadata_dropped}
+        return {**await super().status(), "privacy": {**counts, **self._kept()}}
 
     @property
     def api_key(self) -> str | None:

@@ -29,7 +29,7 @@ _DIGITS = re.compile(r"[\d+(][\d\s().+\-/\u2010-\u2015]{5,48}")
 _FEWEST_DIGITS = 7
 _EMAIL_REACH, _DIGITS_REACH, _WINDOW = 320, 24, 1024  # characters; RFC 5321 allows an address 64 + 1 + 255
 KEYS: Final[tuple[tuple[str, str], ...]] = (
-    ("OpenAI, Anthropic, Stripe", r"\b(?:sk|rk|pk)[-_][A-Za-z0-9_\-]{16,256}"),
+    ("OpenAI, Anthropic, Stripe", r"\b(?:sk|rk|pk)[-_](?=[A-Za-z_\-]{0,64}[0-9])[A-Za-z0-9_\-]{16,256}"),
     ("Noria", r"\bnoria-[0-9a-f]{8,64}-[0-9a-f]{32,128}\b"),
     ("AWS", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
     ("GitHub", r"\b(?:gh[pousr]_[A-Za-z0-9]{20,255}|github_pat_[A-Za-z0-9_]{22,255})"),
@@ -52,10 +52,12 @@ class Redactor:
 
     def redact(self, text: str) -> tuple[str, Counter[str]]:
         """The text without them, and how many there were of each kind."""
-        taken: list[tuple[int, int, str]] = []
+        taken: list[tuple[int, int, RedactKind]] = []
+        covered = bytearray(len(text))
         for kind, find in self._finders:
             for start, end in sorted(set(find(text))):
-                if all(end <= other[0] or other[1] <= start for other in taken):
+                if not any(covered[start:end]):
+                    covered[start:end] = b"\1" * (end - start)
                     taken.append((start, end, kind))
         pieces, at = [], 0
         for start, end, kind in sorted(taken):

@@ -39,7 +39,7 @@ def test_what_is_kept_has_neither_addresses_nor_other_metadata(way: Door, privat
     """The client's own answer is as it was; the record, and what is said of it, are redacted."""
     asked = way.chat("I am jane@x.org", metadata={"page": "3 of joe@x.org", "who": "jane"}, store=True, n=2)
     way.feedback({**side(asked["id"]), "comment": "ask jim@x.org", "edit": "write to jim@x.org"})
-    way.prefer({"chosen": {"text": "sk-abcdefghijklmnopqrst"}, "rejected": side(asked["id"]), "comment": "a@b.org"})
+    way.prefer({"chosen": {"text": "sk-abcdefghijklmnopqr5t"}, "rejected": side(asked["id"]), "comment": "a@b.org"})
     with private.store() as store:
         kept = store.get_completion(asked["id"])
         said = store.list_feedback(completion_id=kept.id)[0]

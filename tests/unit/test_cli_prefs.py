@@ -97,8 +97,8 @@ def test_an_export_loses_nothing(full: Path, tmp_path: Path, capsys: pytest.Capt
     assert kinds == ["header", *middle, "end"]
     capsys.readouterr()
     assert call(["--home", str(copy), "prefs", "import", str(file), "--json"]) == 0
-    new = {"images": 1, "completions": 2, "preferences": 3, "feedback": 1, "known": 0}
-    assert json.loads(capsys.readouterr().out) == new
+    taken = {"images": 1, "completions": 2, "preferences": 3, "feedback": 1, "known": 0}
+    assert json.loads(capsys.readouterr().out) == taken
     assert preferences(copy) == preferences(full)
     with open_store(full) as old, open_store(copy) as new:
         for name in ("chatcmpl-a", "chatcmpl-b"):

@@ -85,9 +85,9 @@ def import_file(store: Store, blobs: Blobs, source: IO[bytes], tick: Callable[[i
     counts = {"images": 0, "completions": 0, "preferences": 0, "feedback": 0, "known": 0}
     number, inside = 0, False
     for number, data in enumerate(source, start=1):
-        kind = kind_of(data)
-        if kind is not None:
-            inside = kind == "header"
+        frame = kind_of(data)
+        if frame is not None:
+            inside = frame == "header"
         elif data.strip():
             line = parsed(data, number)
             try:

@@ -54,10 +54,10 @@ class LineageStore(Part):
 
     def forgotten_uses(self, job_id: str) -> dict[str, int]:
         """How much of what the job used was an end user's who has been forgotten since, by part."""
-        total = func.sum(forgotten_uses.c.count).label("count")
+        total = func.sum(forgotten_uses.c.count).label("how_many")
         query = select(forgotten_uses.c.part, total).where(forgotten_uses.c.job_id == job_id)
         with self._db.read() as conn:
-            return {row.part: int(row.count) for row in conn.execute(query.group_by(forgotten_uses.c.part))}
+            return {row.part: int(row.how_many) for row in conn.execute(query.group_by(forgotten_uses.c.part))}
 
     def clear_forgotten_uses(self, job_id: str, parts: Iterable[str] = TRAINED) -> None:
         """Takes the marks off a job whose training begins again, without what was forgotten."""
@@ -82,20 +82,20 @@ def lineage_of(conn: Connection, refs: list[Select[Any]]) -> dict[tuple[str, str
     """How much of what `refs` select (ids) stands in each job's snapshot and notes: (job id, part) -> count."""
     found: dict[tuple[str, str], int] = defaultdict(int)
     in_snapshots = (
-        select(snapshot_jobs.c.job_id, snapshot_items.c.part, func.count().label("count"))
+        select(snapshot_jobs.c.job_id, snapshot_items.c.part, func.count().label("how_many"))
         .join(snapshot_items, snapshot_items.c.snapshot_id == snapshot_jobs.c.snapshot_id)
         .where(or_(*(snapshot_items.c.preference_id.in_(ref) for ref in refs)))
         .where(snapshot_items.c.part.in_(PARTS))
         .group_by(snapshot_jobs.c.job_id, snapshot_items.c.part)
     )
     noted = (
-        select(job_uses.c.job_id, job_uses.c.part, func.count().label("count"))
+        select(job_uses.c.job_id, job_uses.c.part, func.count().label("how_many"))
         .where(or_(*(job_uses.c.ref.in_(ref) for ref in refs)))
         .group_by(job_uses.c.job_id, job_uses.c.part)
     )
     for query in (in_snapshots, noted):
         for row in conn.execute(query):
-            found[(row.job_id, row.part)] += int(row.count)
+            found[(row.job_id, row.part)] += int(row.how_many)
     return dict(found)
 
 
@@ -140,7 +140,7 @@ def told(conn: Connection, used: Mapping[tuple[str, str], int]) -> Json:
 def _users(conn: Connection, of: list[str]) -> tuple[set[str], dict[str, int]]:
     """Hashes of the forgotten users in these versions' own weights, and what of theirs was used, by part."""
     query = (
-        select(forgotten.c.user_hash, forgotten_uses.c.part, forgotten_uses.c.count)
+        select(forgotten.c.user_hash, forgotten_uses.c.part, forgotten_uses.c.count.label("how_many"))
         .join(forgotten_uses, forgotten_uses.c.forgotten_id == forgotten.c.id)
         .join(versions, versions.c.job == forgotten_uses.c.job_id)
         .where(versions.c.id.in_(of), forgotten_uses.c.part.in_(WEIGHTS))
@@ -149,7 +149,7 @@ def _users(conn: Connection, of: list[str]) -> tuple[set[str], dict[str, int]]:
     uses: dict[str, int] = defaultdict(int)
     for row in conn.execute(query):
         users.add(row.user_hash)
-        uses[row.part] += row.count
+        uses[row.part] += row.how_many
     return users, dict(uses)
 
 

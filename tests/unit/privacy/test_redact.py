@@ -8,9 +8,10 @@ import pytest
 
 from noria.errors import SettingsError
 from noria.settings import PrivacySettings
+from noria.settings.privacy import RedactKind
 from serve.privacy.redact import Redactor, redactor_of
 
-ALL = ("email", "phone", "card", "key")
+ALL: tuple[RedactKind, ...] = ("email", "phone", "card", "key")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def redactor() -> Redactor:
         ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "<KEY>"),
         ("In 2024, 12 of 3500 apples cost 1.99 @ the shop", "In 2024, 12 of 3500 apples cost 1.99 @ the shop"),
         ("sk-abcdefghijklmnop1234@corp.com", "<KEY>@corp.com"),
+        ("pk_orders_by_customer_name and sk-learn-like-words", "pk_orders_by_customer_name and sk-learn-like-words"),
         ("<EMAIL> stays", "<EMAIL> stays"),
     ],
 )
