@@ -83,7 +83,8 @@ def import_file(store: Store, blobs: Blobs, source: IO[bytes], tick: Callable[[i
     """
     require_whole(source)
     counts = {"images": 0, "completions": 0, "preferences": 0, "feedback": 0, "known": 0}
-    number, inside = 0, False
+    number = 0
+    inside = False
     for number, data in enumerate(source, start=1):
         frame = kind_of(data)
         if frame is not None:
@@ -91,12 +92,12 @@ def import_file(store: Store, blobs: Blobs, source: IO[bytes], tick: Callable[[i
         elif data.strip():
             line = parsed(data, number)
             try:
-                taken, new = _take(store, blobs, line, 1 if not inside else None)
+                found, new = _take(store, blobs, line, None if inside else 1)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InvalidRequest(f"line {number} is not a line of an export: {error!r}") from error
             except NoriaError as error:
                 raise type(error)(f"line {number}: {error.message}", param=error.param, code=error.code) from error
-            counts[taken if new else "known"] += 1
+            counts[found if new else "known"] += 1
         tick(number)
     tick(number)
     return counts
@@ -141,9 +142,9 @@ def _take(store: Store, blobs: Blobs, line: Json, needs: int | None) -> tuple[st
         digest = hashlib.sha256(data).hexdigest()
         if digest != line["sha256"]:
             raise IntegrityError(f"the picture's bytes have sha256 {digest}, the line says {line['sha256']}")
-        known = blobs.exists(digest)
+        there = blobs.exists(digest)
         blobs.put(data, line["media_type"])
-        return "images", not known
+        return "images", not there
     if kind == "completion":
         return "completions", store.add_completions([completion_of(line)], blobs.exists) == 1
     if kind == "preference":
