@@ -10,6 +10,9 @@ import hashlib
 import os
 import re
 import secrets
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 from noria.errors import IntegrityError, NotFound, Unavailable
 from noria.records import Image
 
+FRESH_S = 900.0  # on an object store: a picture that was put so lately is not written again
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -37,7 +41,7 @@ class Blobs:
         sha256 = hashlib.sha256(data).hexdigest()
         path = self._path(sha256)
         with _translated():
-            if not self._fs.exists(path):
+            if not self._refreshed(path):
                 if self._local:
                     _write_durably(Path(path), data)
                 else:
@@ -73,6 +77,41 @@ class Blobs:
         except (FileNotFoundError, NotFound):
             return
 
+    def older_than(self, before: float) -> Iterator[list[str]]:
+        """Names of pictures that nobody put since `before` (seconds since the epoch), in some hundred groups.
+
+        On local files what a crash left half-written is deleted on the way, at the same age.
+        """
+        for number in range(256):
+            folder = f"{self._root}/{number:02x}"
+            with _translated():
+                try:
+                    found = self._fs.ls(folder, detail=True, refresh=True)
+                except FileNotFoundError:
+                    continue
+            old = [one["name"].rpartition("/")[2] for one in found if _put_at(one) < before]
+            names = [name for name in old if _SHA256.fullmatch(name)]
+            if self._local:
+                for name in set(old).difference(names):
+                    if name.startswith(".") and name.endswith(".tmp"):
+                        Path(folder, name).unlink(missing_ok=True)
+            if names:
+                yield names
+
+    def _refreshed(self, path: str) -> bool:
+        """Whether the picture is there, and now as if just put: a sweep by age then leaves it alone."""
+        if self._local:
+            try:
+                os.utime(path)
+            except FileNotFoundError:
+                return False
+            return True
+        try:
+            told = self._fs.info(path, refresh=True)
+        except FileNotFoundError:
+            return False
+        return time.time() - _put_at(told) < FRESH_S  # an object store has no utime: old ones are written again
+
     def _known(self, sha256: str) -> str:
         """A name from outside must be a hash before it becomes a path."""
         if not _SHA256.fullmatch(sha256):
@@ -92,6 +131,19 @@ class _translated:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise Unavailable(f"the blobs do not answer: {error}", code="blobs_unavailable") from error
+
+
+def _put_at(told: Mapping[str, Any]) -> float:
+    """When a file was put, in seconds since the epoch, as fsspec's file systems tell it; now where they do not."""
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        at = told.get(key)
+        if isinstance(at, datetime):
+            return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+        if isinstance(at, int | float):
+            return float(at)
+        if isinstance(at, str):
+            return datetime.fromisoformat(at).timestamp()
+    return time.time()
 
 
 def _write_durably(path: Path, data: bytes) -> None:

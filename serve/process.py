@@ -46,6 +46,9 @@ from serve.engine.versions import VersionGate
 from serve.front import Front
 from serve.input.refusals import Refusals, export_refusals
 from serve.live import choose_version
+from serve.privacy.keeper import Keeper
+from serve.privacy.metrics import exported_privacy
+from serve.privacy.scrub import Scrubber
 from serve.release.releaser import Releaser
 from serve.sampling.http import build_sampling_router
 from serve.sampling.service import Sampling
@@ -71,8 +74,10 @@ async def run(settings: Settings, model: str | None = None) -> int:
         audit = Audit(store)
         access = await stack.enter_async_context(access_over(store, settings.server, audit))
         registry, blobs = Registry(settings.models_dir, store), Blobs(settings.blobs_url)
+        scrubber, keeper = Scrubber(settings.privacy), Keeper(store, blobs, settings.privacy)
         gate = VersionGate(await asyncio.to_thread(choose_version, registry, model))
-        capture = await stack.enter_async_context(_capture(store, blobs, settings))
+        capture = await stack.enter_async_context(_capture(store, blobs, settings, scrubber))
+        stack.enter_context(exported_privacy(scrubber, keeper))
         args = parse_flags(engine_flags(settings, gate.current.path, gate.current.id))
         engine = await stack.enter_async_context(running_engine(args, settings))
         limits = await stack.enter_async_context(limits_over(settings.limits, sequences_of(engine), store))
@@ -88,8 +93,10 @@ async def run(settings: Settings, model: str | None = None) -> int:
             settings=settings,
             audit=audit,
             limits=CallerLimits(limits, store),
+            scrubber=scrubber,
+            kept=keeper.told,
         )
-        stored = build_stored_router(store, blobs, capture, audit)
+        stored = build_stored_router(store, blobs, capture, audit, scrubber)
         add_routers(app, stored, build_sampling_router(sampling), build_router(handlers))
         front = Front(access, audit, limits, refusals, settings.input)
         doors, grpc_port = await _doors(app, gate, handlers, sampling, front, sock, certificates)
@@ -103,6 +110,7 @@ async def run(settings: Settings, model: str | None = None) -> int:
         announcement = Announcement(settings.home, store, gate, capture, info)
         stack.callback(announcement.withdraw)
         await stack.enter_async_context(background(announcement.keep(), "heartbeat"))
+        await stack.enter_async_context(background(keeper.run(), "retention"))
         await stack.enter_async_context(background(watch(engine, gate, stop), "watch"))
         print(f"noria: serving {gate.current.id} on {info['url']} and grpc {info['grpc']}", flush=True)
         if note := said_of_keys(access, settings.server):
@@ -179,10 +187,10 @@ class Announcement:
 
 
 @asynccontextmanager
-async def _capture(store: Store, blobs: Blobs, settings: Settings) -> AsyncIterator[CaptureQueue]:
+async def _capture(store: Store, blobs: Blobs, settings: Settings, scrubber: Scrubber) -> AsyncIterator[CaptureQueue]:
     from prometheus_client import REGISTRY
 
-    capture = CaptureQueue(store, blobs, settings.capture)
+    capture = CaptureQueue(store, blobs, settings.capture, scrubber.completion)
     collector = export_capture(capture)
     try:
         yield capture

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 SERVER_FILE = "server.json"
+UNSAFE = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+"""C0 and C1 controls, line separators, bidirectional marks, lone surrogates."""
 
 
 @dataclass(frozen=True)
@@ -88,27 +91,45 @@ def live_server(home: Path) -> dict[str, Any] | None:
 
 def print_json(data: Any) -> None:
     """One JSON document on standard output."""
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    typer.echo(json_text(data, indent=2))
+
+
+def json_text(data: Any, indent: int | None = None) -> str:
+    """JSON in which no character moves a terminal's cursor: those stand as `\\u009b`, which is the same JSON."""
+    text = json.dumps(data, indent=indent, ensure_ascii=False, default=str)
+    return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}" if found[0] != "\n" else "\n", text)
+
+
+def shown(value: object) -> str:
+    """What people and models wrote, fit for a terminal: control characters, bidirectional marks and lone surrogates
+    are spelt out (`\\x1b`), so that a name cannot clear the screen, retitle the window or forge a line.
+    """
+    return UNSAFE.sub(lambda found: _spelt(found[0]), str(value))
+
+
+def _spelt(char: str) -> str:
+    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Aligned columns under their names; None shows as a dash. Never cut, so that a pipe gets all of it."""
-    cells = [list(columns), *(["-" if cell is None else str(cell) for cell in row] for row in rows)]
+    cells = [list(columns), *(["-" if cell is None else shown(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     for row in cells:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def print_fields(fields: Mapping[str, object]) -> None:
-    """One `name  value` line each; None shows as a dash."""
+    """One `name  value` line each; None shows as a dash, further lines of a value stand under its first."""
     width = max((len(name) for name in fields), default=0)
     for name, value in fields.items():
-        typer.echo(f"{name.ljust(width)}  {'-' if value is None else value}")
+        lines = ("-" if value is None else str(value)).split("\n")
+        typer.echo(f"{name.ljust(width)}  {(chr(10) + ' ' * (width + 2)).join(map(shown, lines))}")
 
 
 def say(text: str) -> None:
     """A line for people, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print("\n".join(map(shown, text.split("\n"))), file=sys.stderr, flush=True)
 
 
 def when(at: float | None) -> str | None:

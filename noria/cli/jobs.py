@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from noria.cli.context import AsJson, place, print_fields, print_json, print_table, say, when
+from noria.cli.context import AsJson, place, print_fields, print_json, print_table, say, shown, when
 from noria.errors import Conflict, InvalidRequest, TrainingError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def watch(ctx: typer.Context, job: JobId, as_json: AsJson = False) -> None:
                 typer.echo(json.dumps(event))
             else:
                 said = " ".join(f"{key}={value}" for key, value in event["data"].items())
-                typer.echo(f"{when(event['at'])}  {event['kind'].ljust(8)}  {said}")
+                typer.echo(f"{when(event['at'])}  {event['kind'].ljust(8)}  {shown(said)}")
         raise_ended(client.job(job))
 
 

@@ -39,17 +39,20 @@ def list_versions(ctx: typer.Context, as_json: AsJson = False) -> None:
 
 @group.command(epilog="Example: noria versions show v2 --json")
 def show(ctx: typer.Context, version: Annotated[str, typer.Argument(help="v2")], as_json: AsJson = False) -> None:
-    """One version: where it comes from, what it measured, the hashes of its frozen modules."""
+    """One version: where it comes from, what it measured, the hashes of its frozen modules, and of how many users that
+    were forgotten since it had learnt.
+    """
     with place(ctx).client() as client:
         found = client.version(version)
     if as_json:
         print_json(found)
         return
-    frozen = found.get("frozen") or {}
+    frozen, forgotten = found.get("frozen") or {}, found.get("forgotten") or {}
     print_fields(
         {
             **{key: found.get(key) for key in ("id", "state", "parent", "method", "job")},
             "created": when(found.get("created_at")),
+            "forgotten users": _forgotten(forgotten),
             **{f"frozen {name}": digest for name, digest in frozen.items()},
             **{f"measured {name}": value for name, value in flat(found.get("metrics") or {}).items()},
         }
@@ -94,6 +97,17 @@ def _list(ctx: typer.Context, as_json: bool) -> None:
             )
             for one in found
         ],
+    )
+
+
+def _forgotten(forgotten: Json) -> str:
+    """How many users whose data it was trained on asked to be forgotten since, and how many its ancestors were."""
+    uses = ", ".join(f"{part} {count}" for part, count in (forgotten.get("uses") or {}).items())
+    inherited = forgotten.get("inherited", 0)
+    return (
+        f"{forgotten.get('users', 0)}"
+        + (f" ({uses})" if uses else "")
+        + (f"; inherited {inherited}" if inherited else "")
     )
 
 

@@ -75,13 +75,14 @@ class Deleted(TypedDict):
 
 
 class ForgottenEndUser(Deleted):
-    """How much of each one end user had left."""
+    """How much of each one end user had left, and what had learnt from it."""
 
     completions: int
     choices: int
     preferences: int
     feedback: int
     images: int
+    lineage: dict[str, Any]
 
 
 class Job(TypedDict):
@@ -117,7 +118,7 @@ class JobEvent(TypedDict):
 
 
 class Version(TypedDict):
-    """One immutable published model; `manifest` comes where one version is asked for."""
+    """One immutable published model; `manifest` and `forgotten` come where one version is asked for."""
 
     id: str
     object: Literal["version"]
@@ -129,6 +130,7 @@ class Version(TypedDict):
     metrics: dict[str, Any]
     frozen: dict[str, str]
     manifest: NotRequired[dict[str, Any]]
+    forgotten: NotRequired[dict[str, Any]]
 
 
 class Rollout(TypedDict):

@@ -3,6 +3,7 @@
 from noria.settings.input import ImageSettings, InputSettings
 from noria.settings.keeping import CaptureSettings, StoreSettings
 from noria.settings.limits import KeyLimits, KeyRules, LimitSettings
+from noria.settings.privacy import PrivacySettings
 from noria.settings.serving import EngineSettings, ReleaseSettings, SamplingSettings, ServerSettings
 from noria.settings.training import PolicySettings, QuantizeSettings, TrainSettings, VerifySettings
 from noria.settings.tree import Settings, load_settings, override_train
@@ -18,6 +19,7 @@ __all__ = [
     "KeyRules",
     "LimitSettings",
     "PolicySettings",
+    "PrivacySettings",
     "QuantizeSettings",
     "ReleaseSettings",
     "SamplingSettings",

@@ -26,6 +26,7 @@ from noria.methods.table import METHODS
 from noria.settings.input import InputSettings
 from noria.settings.keeping import CaptureSettings, StoreSettings
 from noria.settings.limits import LimitSettings
+from noria.settings.privacy import PrivacySettings
 from noria.settings.serving import EngineSettings, ReleaseSettings, SamplingSettings, ServerSettings
 from noria.settings.training import TrainSettings
 from noria.tls import Trust
@@ -62,6 +63,7 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     capture: CaptureSettings = CaptureSettings()
     store: StoreSettings = StoreSettings()
+    privacy: PrivacySettings = PrivacySettings()
     train: TrainSettings = TrainSettings()
     release: ReleaseSettings = ReleaseSettings()
 

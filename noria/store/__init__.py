@@ -21,6 +21,7 @@ from noria.store.jobs import JobStore
 from noria.store.limits import LimitStore
 from noria.store.pairs import PairStore
 from noria.store.preferences import PreferenceStore
+from noria.store.privacy import LineageStore, PictureStore, RetentionStore
 from noria.store.releases import ProcessStore, RolloutStore, VersionStore
 
 __all__ = ["Store"]
@@ -39,6 +40,9 @@ class Store(
     KeyStore,
     AuditStore,
     LimitStore,
+    LineageStore,
+    PictureStore,
+    RetentionStore,
 ):
     """One open store. Each method is one transaction, durable when it returns.
 

@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, Select, delete, exists, func, select, tuple_, update
 
-from noria.errors import NotFound
+from noria.errors import Conflict, NotFound
 from noria.records import Choice, Completion, Image
 from noria.store.connection import Database
 from noria.store.tables import choices, completion_images, completion_metadata, completions, images
 
 Order = Literal["asc", "desc"]
 SOME = 500  # ids in one IN (...): below every database's limit
+
+
+class PictureGone(Conflict):
+    """A picture's blob was deleted between being put and being referred to. Raised by `add_completions`: put it again.
+
+    Nothing of the batch is then written.
+    """
+
+    code = "picture_gone"
 
 
 class Part:
@@ -33,8 +42,12 @@ class Part:
 class CompletionStore(Part):
     """The store's completions."""
 
-    def add_completions(self, batch: Sequence[Completion]) -> int:
-        """Stores the batch in one transaction; returns how many were new. An id already stored stays as it is."""
+    def add_completions(self, batch: Sequence[Completion], has_picture: Callable[[str], bool] | None = None) -> int:
+        """Stores the batch in one transaction; returns how many were new. An id already stored stays as it is.
+
+        `has_picture` is asked of the sha256 of every picture that no stored completion shows yet. Raises PictureGone
+        where it says no: somebody who deletes pictures was quicker.
+        """
         rows = {completion.id: completion for completion in batch}
         if not rows:
             return 0
@@ -45,8 +58,11 @@ class CompletionStore(Part):
             _insert(conn, completion_metadata, _metadata_rows({c.id: c.metadata for c in new}))
             pictures = {image.sha256: image for c in new for image in c.images}
             if pictures:
+                self._db.lock(conn, "pictures")
                 ordered = [vars(pictures[sha256]) for sha256 in sorted(pictures)]  # one order: writers cannot deadlock
-                conn.execute(self._db.insert_new(images), ordered)
+                first = conn.execute(self._db.insert_new(images).returning(images.c.sha256), ordered).scalars().all()
+                if has_picture is not None and not all(map(has_picture, first)):
+                    raise PictureGone("a picture was deleted while its completion was being stored")
             _insert(conn, completion_images, [row for c in new for row in _image_rows(c)])
         return len(new)
 
@@ -124,7 +140,7 @@ class CompletionStore(Part):
         Returns the sha256 of images that nothing refers to any more, for the caller to delete from the blobs.
         """
         with self._db.write() as conn:
-            orphans = delete_all(conn, [id_])
+            orphans = delete_all(self._db, conn, [id_])
             if orphans is None:
                 raise _unknown(id_)
             return orphans
@@ -135,7 +151,7 @@ def load(conn: Connection, query: Select[Any]) -> list[Completion]:
     rows = conn.execute(query).all()
     answers: dict[str, list[Choice]] = defaultdict(list)
     pictures: dict[str, list[Image]] = defaultdict(list)
-    for ids in _chunks([row.id for row in rows]):
+    for ids in chunks([row.id for row in rows]):
         chosen = select(choices).where(choices.c.completion_id.in_(ids)).order_by(choices.c.index)
         for row in conn.execute(chosen):
             answers[row.completion_id].append(_choice(row))
@@ -150,16 +166,17 @@ def load(conn: Connection, query: Select[Any]) -> list[Completion]:
     return [_completion(row, answers[row.id], pictures[row.id]) for row in rows]
 
 
-def delete_all(conn: Connection, ids: Sequence[str]) -> list[str] | None:
+def delete_all(database: Database, conn: Connection, ids: Sequence[str]) -> list[str] | None:
     """Deletes completions by id; returns the images that became orphans, or None when no such completion was there."""
+    database.lock(conn, "pictures")
     touched: set[str] = set()
     found = 0
-    for some in _chunks(ids):
+    for some in chunks(ids):
         shown = select(completion_images.c.sha256).where(completion_images.c.completion_id.in_(some))
         touched.update(conn.execute(shown).scalars())
         found += conn.execute(delete(completions).where(completions.c.id.in_(some))).rowcount
     orphans: list[str] = []
-    for some in _chunks(sorted(touched)):
+    for some in chunks(sorted(touched)):
         used = exists().where(completion_images.c.sha256 == images.c.sha256)
         gone = delete(images).where(images.c.sha256.in_(some), ~used).returning(images.c.sha256)
         orphans += conn.execute(gone).scalars()
@@ -185,7 +202,8 @@ def _has_metadata(key: str, value: str) -> Any:
     )
 
 
-def _chunks(ids: Sequence[str]) -> list[Sequence[str]]:
+def chunks(ids: Sequence[str]) -> list[Sequence[str]]:
+    """The ids in pieces that fit one IN (...)."""
     return [ids[start : start + SOME] for start in range(0, len(ids), SOME)]
 
 

@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from noria.errors import Conflict, SettingsError, Unavailable
 from noria.store.tables import markers
 
-HEAD = "0004"
+HEAD = "0005"
 BUSY_MS = 30_000
 MIGRATIONS = Path(__file__).parent / "migrations"
 ADVISORY_LOCK = 0x6E6F726961  # "noria": PostgreSQL's lock around a migration
@@ -73,6 +73,22 @@ class Database:
             conn = conn.execution_options(**_WRITE)
             with conn.begin():
                 yield conn
+
+    def empty_log(self) -> None:
+        """Has SQLite move its write-ahead log into the file and cut it: pages as they were before a deletion lie there.
+
+        A reader that holds an older view keeps the log; then the next commits overwrite it. PostgreSQL keeps its own.
+        """
+        if not self.is_sqlite:
+            return
+        with _translated(), closing(self.engine.raw_connection()) as connection:
+            cursor = connection.cursor()
+            cursor.execute("PRAGMA busy_timeout=1000")
+            try:
+                cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            finally:
+                cursor.execute(f"PRAGMA busy_timeout={BUSY_MS}")
+                cursor.close()
 
     def lock(self, conn: Connection, name: str) -> None:
         """Queues this transaction behind every other that holds marker `name`. A SQLite write is alone anyway."""

@@ -7,6 +7,7 @@ Must not import torch, vllm or fastapi.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from sqlalchemy import delete, func, or_, select
@@ -14,7 +15,8 @@ from sqlalchemy import delete, func, or_, select
 from noria.errors import InvalidRequest, NotFound
 from noria.records import Feedback, Json, Side
 from noria.store.completions import Order, Part, delete_all
-from noria.store.preferences import choice_row, insert_preference, page, used_by_a_job
+from noria.store.preferences import PAGE, choice_row, insert_preference, page, used_by_a_job
+from noria.store.privacy import lineage
 from noria.store.tables import choices, completions, feedback, preferences
 
 
@@ -65,6 +67,40 @@ class FeedbackStore(Part):
             conn.execute(feedback.insert(), vars(said))
         return said
 
+    def import_feedback(self, said: Feedback) -> bool:
+        """Takes in feedback that another store exported; its id and time stay. False when that id is here already.
+
+        Raises what add_feedback raises; NotFound too for a preference that is not here.
+        """
+        _check(said.rating, said.thumb, said.edit, said.comment)
+        with self._db.write() as conn:
+            if conn.execute(select(feedback.c.id).where(feedback.c.id == said.id)).first() is not None:
+                return False
+            if conn.execute(select(completions.c.id).where(completions.c.id == said.completion_id)).first() is None:
+                message = f"completion_id: no stored completion {said.completion_id!r}"
+                raise NotFound(message, param="completion_id", code="completion_not_found")
+            choice_row(conn, said.completion_id, said.index, "index")
+            made = said.preference_id
+            if (
+                made is not None
+                and conn.execute(select(preferences.c.id).where(preferences.c.id == made)).first() is None
+            ):
+                raise NotFound(f"preference_id: no preference {made!r}", param="preference_id")
+            conn.execute(feedback.insert(), vars(said))
+            return True
+
+    def iter_feedback(self) -> Iterator[Feedback]:
+        """All feedback, oldest first, read in pages so that nothing is held open between two of them."""
+        after = 0
+        while True:
+            query = select(feedback).where(feedback.c.seq > after).order_by(feedback.c.seq).limit(PAGE)
+            with self._db.read() as conn:
+                rows = conn.execute(query).all()
+            if not rows:
+                return
+            yield from map(_feedback, rows)
+            after = rows[-1].seq
+
     def get_feedback(self, id_: str) -> Feedback:
         """One feedback. Raises NotFound."""
         with self._db.read() as conn:
@@ -114,33 +150,33 @@ class FeedbackStore(Part):
     def forget_end_user(self, user: str) -> Json:
         """Deletes all that came from one end user: completions, all that hangs on them, and what the user judged.
 
-        Returns counts (`completions`, `choices`, `preferences`, `feedback`) and `images`: the sha256 of images that
-        nothing refers to any more, for the caller to delete from the blobs.
+        Returns counts (`completions`, `choices`, `preferences`, `feedback`); `images`: the sha256 of images that
+        nothing refers to any more, for the caller to drop from the blobs; `lineage`: which versions learnt from what
+        is deleted here, and which unfinished jobs had it in their snapshots (docs/privacy.md). The versions stay
+        marked; the user's name stays nowhere.
         """
         with self._db.write() as conn:
-            ids = list(conn.execute(select(completions.c.id).where(completions.c.end_user == user)).scalars())
-            theirs = select(completions.c.id).where(completions.c.end_user == user).scalar_subquery()
-            n_choices = _count(conn, choices, choices.c.completion_id.in_(theirs))
-            opinions = conn.execute(
-                delete(feedback).where(or_(feedback.c.annotator == user, feedback.c.completion_id.in_(theirs)))
-            ).rowcount
-            judged = conn.execute(
-                delete(preferences).where(
-                    or_(
-                        preferences.c.annotator == user,
-                        preferences.c.chosen_completion_id.in_(theirs),
-                        preferences.c.rejected_completion_id.in_(theirs),
-                    )
-                )
-            ).rowcount
-            images = delete_all(conn, ids) or []
-        return {
-            "completions": len(ids),
-            "choices": n_choices,
-            "preferences": judged,
-            "feedback": opinions,
-            "images": images,
-        }
+            theirs = select(completions.c.id).where(completions.c.end_user == user)
+            ids = list(conn.execute(theirs).scalars())
+            said = or_(feedback.c.annotator == user, feedback.c.completion_id.in_(theirs))
+            judged = or_(
+                preferences.c.annotator == user,
+                preferences.c.chosen_completion_id.in_(theirs),
+                preferences.c.rejected_completion_id.in_(theirs),
+            )
+            judgements = [select(preferences.c.id).where(judged), select(feedback.c.id).where(said)]
+            used = lineage.lineage_of(conn, [theirs, *judgements])
+            told = lineage.told(conn, used)
+            counts = {"completions": len(ids), "choices": _count(conn, choices, choices.c.completion_id.in_(theirs))}
+            # Feedback first: a preference's deletion would set its reference to NULL row by row.
+            n_feedback = conn.execute(delete(feedback).where(said)).rowcount
+            counts["preferences"] = conn.execute(delete(preferences).where(judged)).rowcount
+            counts["feedback"] = n_feedback
+            images = delete_all(self._db, conn, ids) or []
+            if any(counts.values()):
+                lineage.mark(self._db, conn, self._now(), user, counts, used)
+        self._db.empty_log()
+        return {**counts, "images": images, "lineage": told}
 
 
 def _count(conn: Any, table: Any, condition: Any) -> int:

@@ -183,7 +183,7 @@ class ForgetEndUserRequest(_message.Message):
     def __init__(self, user: _Optional[str] = ...) -> None: ...
 
 class ForgetEndUserResponse(_message.Message):
-    __slots__ = ("id", "object", "deleted", "completions", "choices", "preferences", "feedback", "images")
+    __slots__ = ("id", "object", "deleted", "completions", "choices", "preferences", "feedback", "images", "lineage")
     ID_FIELD_NUMBER: _ClassVar[int]
     OBJECT_FIELD_NUMBER: _ClassVar[int]
     DELETED_FIELD_NUMBER: _ClassVar[int]
@@ -192,6 +192,7 @@ class ForgetEndUserResponse(_message.Message):
     PREFERENCES_FIELD_NUMBER: _ClassVar[int]
     FEEDBACK_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
     id: str
     object: str
     deleted: bool
@@ -200,4 +201,34 @@ class ForgetEndUserResponse(_message.Message):
     preferences: int
     feedback: int
     images: int
-    def __init__(self, id: _Optional[str] = ..., object: _Optional[str] = ..., deleted: _Optional[bool] = ..., completions: _Optional[int] = ..., choices: _Optional[int] = ..., preferences: _Optional[int] = ..., feedback: _Optional[int] = ..., images: _Optional[int] = ...) -> None: ...
+    lineage: ForgottenLineage
+    def __init__(self, id: _Optional[str] = ..., object: _Optional[str] = ..., deleted: _Optional[bool] = ..., completions: _Optional[int] = ..., choices: _Optional[int] = ..., preferences: _Optional[int] = ..., feedback: _Optional[int] = ..., images: _Optional[int] = ..., lineage: _Optional[_Union[ForgottenLineage, _Mapping]] = ...) -> None: ...
+
+class ForgottenLineage(_message.Message):
+    __slots__ = ("versions", "inherited", "jobs")
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    INHERITED_FIELD_NUMBER: _ClassVar[int]
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    versions: _containers.RepeatedCompositeFieldContainer[ForgottenUse]
+    inherited: _containers.RepeatedScalarFieldContainer[str]
+    jobs: _containers.RepeatedCompositeFieldContainer[ForgottenUse]
+    def __init__(self, versions: _Optional[_Iterable[_Union[ForgottenUse, _Mapping]]] = ..., inherited: _Optional[_Iterable[str]] = ..., jobs: _Optional[_Iterable[_Union[ForgottenUse, _Mapping]]] = ...) -> None: ...
+
+class ForgottenUse(_message.Message):
+    __slots__ = ("version", "state", "job", "uses")
+    class UsesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    USES_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    state: str
+    job: str
+    uses: _containers.ScalarMap[str, int]
+    def __init__(self, version: _Optional[str] = ..., state: _Optional[str] = ..., job: _Optional[str] = ..., uses: _Optional[_Mapping[str, int]] = ...) -> None: ...

@@ -7,7 +7,7 @@ Must not import vllm, fastapi or grpc.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from noria.blobs import Blobs
@@ -21,6 +21,7 @@ from serve.access.limits.limits import Limits
 from serve.api.judgements import Judgements
 from serve.api.operations import Operations
 from serve.api.ports import Capture, Gate, KeyLimits
+from serve.privacy.scrub import Scrubber
 
 
 class Handlers(Judgements, Operations):
@@ -37,14 +38,24 @@ class Handlers(Judgements, Operations):
         settings: Settings,
         audit: Audit | None = None,
         limits: KeyLimits | None = None,
+        scrubber: Scrubber | None = None,
+        kept: Callable[[], Json] = dict[str, Any],
     ) -> None:
-        """Without an `audit` the handlers keep one of their own, over the same store; without `limits` the settings'
-        own count preferences, and nothing else is counted."""
+        """What is not given is made: an `audit` over the same store, `limits` and a `scrubber` from the settings.
+
+        `kept` adds retention's figures to the status.
+        """
         limits = limits or CallerLimits(Limits(settings.limits, sequences=1), store)
-        Judgements.__init__(self, store, blobs, capture, limits)
+        Judgements.__init__(self, store, blobs, capture, limits, scrubber or Scrubber(settings.privacy))
         Operations.__init__(self, store, registry, gate, capture, settings)
         self.settings = settings
         self.audit = audit or Audit(store)
+        self._kept = kept
+
+    async def status(self) -> Json:
+        """The operator's status, and what was redacted, dropped and deleted since the server started."""
+        counts = {"redacted": self._scrubber.redacted, "metadata_dropped": self._scrubber.metadata_dropped}
+        return {**await super().status(), "privacy": {**counts, **self._kept()}}
 
     async def create_job(self, body: Mapping[str, Any]) -> Json:
         """As `Operations` does it, audited."""

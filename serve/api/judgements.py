@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from noria.blobs import Blobs
 from noria.errors import Unavailable
-from noria.records import Json
+from noria.records import Feedback, Json, Preference
 from noria.store import Store
 from serve.api.ports import Capture, KeyLimits
 from serve.api.schemas import FeedbackBody, FeedbackPage, OrderedPage, PreferenceBody, SideBody, listing, parse
+from serve.privacy.scrub import Scrubber
 
 FLUSH_S = 15.0  # far above one commit: only a store that hangs takes so long
 
@@ -23,11 +25,12 @@ FLUSH_S = 15.0  # far above one commit: only a store that hangs takes so long
 class Judgements:
     """Handlers of preferences, feedback and the deletion of what one end user left behind."""
 
-    def __init__(self, store: Store, blobs: Blobs, capture: Capture, limits: KeyLimits) -> None:
+    def __init__(self, store: Store, blobs: Blobs, capture: Capture, limits: KeyLimits, scrubber: Scrubber) -> None:
         self._store = store
         self._limits = limits
         self._blobs = blobs
         self._capture = capture
+        self._scrubber = scrubber
 
     async def record_preference(self, body: Mapping[str, Any]) -> tuple[Json, bool]:
         """Stores a preference, durable on return; False when the same annotator said the same of the pair before.
@@ -36,16 +39,17 @@ class Judgements:
         different prompts, both sides text), RateLimited.
         """
         asked = parse(PreferenceBody, body)
+
+        def record() -> tuple[Preference, bool]:
+            words = self._scrubber.words
+            chosen, rejected = (replace(one.side(), text=words(one.text)) for one in (asked.chosen, asked.rejected))
+            return self._store.add_preference(
+                chosen, rejected, verdict=asked.verdict, annotator=asked.annotator, comment=words(asked.comment)
+            )
+
         async with self._limits.recording() as recording:
             await self._answers_stored(asked.chosen, asked.rejected)
-            preference, recording.new = await asyncio.to_thread(
-                self._store.add_preference,
-                asked.chosen.side(),
-                asked.rejected.side(),
-                verdict=asked.verdict,
-                annotator=asked.annotator,
-                comment=asked.comment,
-            )
+            preference, recording.new = await asyncio.to_thread(record)
         return preference.to_wire(), recording.new
 
     async def list_preferences(self, query: Mapping[str, Any]) -> Json:
@@ -72,18 +76,21 @@ class Judgements:
     async def record_feedback(self, body: Mapping[str, Any]) -> Json:
         """Stores feedback on one choice; an edit also makes a preference, named in `preference_id`."""
         asked = parse(FeedbackBody, body)
-        async with self._limits.recording():
-            await self._flush(asked.completion_id)
-            feedback = await asyncio.to_thread(
-                self._store.add_feedback,
+
+        def record() -> Feedback:
+            return self._store.add_feedback(
                 asked.completion_id,
                 asked.index,
                 rating=asked.rating,
                 thumb=asked.thumb,
-                edit=asked.edit,
-                comment=asked.comment,
+                edit=self._scrubber.words(asked.edit),
+                comment=self._scrubber.words(asked.comment),
                 annotator=asked.annotator,
             )
+
+        async with self._limits.recording():
+            await self._flush(asked.completion_id)
+            feedback = await asyncio.to_thread(record)
         return feedback.to_wire()
 
     async def limits(self) -> Json:
@@ -111,14 +118,14 @@ class Judgements:
     async def forget_end_user(self, user: str) -> Json:
         """Deletes everything that one end user (`user` of the requests) left: answers, judgements, own pictures.
 
-        Returns how many of each; zeros when nothing was there, so that asking twice is no error.
+        Returns how many of each, and in `lineage` which versions learnt from it; zeros when nothing was there, so that
+        asking twice is no error.
         """
         await self._flush(None)
         counts = dict(await asyncio.to_thread(self._store.forget_end_user, user))
-        pictures = counts.pop("images", [])
-        for sha256 in pictures:
-            await asyncio.to_thread(self._blobs.delete, sha256)
-        return {"id": user, "object": "end_user.deleted", "deleted": True, **counts, "images": len(pictures)}
+        pictures = counts.pop("images")
+        dropped = await asyncio.to_thread(self._store.drop_pictures, pictures, self._blobs.delete)
+        return {"id": user, "object": "end_user.deleted", "deleted": True, **counts, "images": dropped}
 
     async def _answers_stored(self, *sides: SideBody) -> None:
         """An answer that was just given may still wait for its commit: let it, so that it can be judged at once."""

@@ -109,10 +109,13 @@ class Operations:
         return cut([row.to_wire() for row in reversed(rows)], page)
 
     async def get_version(self, version_id: str) -> Json:
-        """One version, with what its manifest says beside the table's row. Raises NotFound."""
+        """One version, with what its manifest says beside the table's row, and how many users whose data it learnt
+        from were forgotten since. Raises NotFound.
+        """
         version = await asyncio.to_thread(self._store.get_version, version_id)
         manifest = await asyncio.to_thread(self._registry.manifest, version_id)
-        return {**version.to_wire(), "manifest": manifest.model_dump(mode="json")}
+        forgotten = await asyncio.to_thread(self._store.forgotten_of, version_id)
+        return {**version.to_wire(), "manifest": manifest.model_dump(mode="json"), "forgotten": forgotten}
 
     async def create_rollout(self, body: Mapping[str, Any]) -> Json:
         """Asks for a version to go live. Raises NotFound, Conflict (live already, rejected, another one runs)."""

@@ -26,6 +26,9 @@ class BlobSink(Protocol):
     def put(self, data: bytes, media_type: str) -> Image:
         """Stores the bytes, once per content."""
 
+    def exists(self, sha256: str) -> bool:
+        """Whether they are there."""
+
 
 def strip_images(
     messages: list[Json], blobs: BlobSink, replaced: Mapping[str, Admitted] = NONE

@@ -21,6 +21,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from noria.errors import Unavailable
 from noria.records import Completion
 from noria.settings import CaptureSettings
+from noria.store.completions import PictureGone
 from serve.capture.images import BlobSink
 from serve.capture.record import to_completion
 from serve.capture.tape import Captured
@@ -34,13 +35,14 @@ OUTAGE = (
     Unavailable,
 )  # passes by itself; anything else is the record's fault
 FIRST_BACKOFF_S, MOST_BACKOFF_S = 0.05, 5.0
+MOST_PUTS = 8  # a picture is deleted in the moment between its put and its commit: twice in a row is unheard of
 
 
 class CompletionSink(Protocol):
     """What this module needs of `noria.store.Store`."""
 
-    def add_completions(self, batch: list[Completion]) -> object:
-        """Writes them in one transaction."""
+    def add_completions(self, batch: list[Completion], has_picture: Callable[[str], bool]) -> object:
+        """Writes them in one transaction. Raises PictureGone where a picture is not there any more."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,15 @@ class CaptureQueue:
     and longer, and tries again; a record that the store refuses for its own sake is dropped alone, and counted.
     """
 
-    def __init__(self, store: CompletionSink, blobs: BlobSink, settings: CaptureSettings) -> None:
-        self._store, self._blobs, self._settings = store, blobs, settings
+    def __init__(
+        self,
+        store: CompletionSink,
+        blobs: BlobSink,
+        settings: CaptureSettings,
+        scrub: Callable[[Completion], Completion] = lambda completion: completion,
+    ) -> None:
+        """`scrub` makes a record fit to be kept; it runs in the writer's thread."""
+        self._store, self._blobs, self._settings, self._scrub = store, blobs, settings, scrub
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._queue: deque[Captured] = deque()
@@ -150,13 +159,22 @@ class CaptureQueue:
             return [self._queue.popleft() for _ in range(min(len(self._queue), self._settings.batch))]
 
     def _write(self, batch: list[Captured]) -> None:
-        completions: list[Completion] = []
-        for captured in batch:
-            completion = self._attempt(partial(to_completion, captured, self._blobs))
-            if completion is not None:
-                completions.append(completion)
-        stored = self._commit(completions)
+        stored = 0
+        for _ in range(MOST_PUTS):
+            made = (self._attempt(partial(self._make, captured)) for captured in batch)
+            completions = [one for one in made if one is not None]
+            try:
+                stored = self._commit(completions)
+            except PictureGone:  # somebody deletes the same picture: put it again
+                self._retries += 1
+                continue
+            break
+        else:
+            logger.error("capture dropped: its pictures were deleted again and again", extra={"count": len(batch)})
         self._settle(batch, stored)
+
+    def _make(self, captured: Captured) -> Completion:
+        return self._scrub(to_completion(captured, self._blobs))
 
     def _commit(self, completions: list[Completion]) -> int:
         """Writes all in one transaction, or, where one of them is refused, each in its own. Returns how many are in."""
@@ -169,7 +187,7 @@ class CaptureQueue:
         return sum(bool(self._attempt(partial(self._add, [one]))) for one in completions)
 
     def _add(self, completions: list[Completion]) -> bool:
-        self._store.add_completions(completions)
+        self._store.add_completions(completions, self._blobs.exists)
         return True
 
     def _attempt(self, action: Callable[[], T]) -> T | None:
@@ -185,6 +203,8 @@ class CaptureQueue:
                 self._retries += 1
                 self._pause(min(backoff_s, max(0.0, self._give_up_at - time.monotonic())))
                 backoff_s = min(2 * backoff_s, MOST_BACKOFF_S)
+            except PictureGone:
+                raise
             except Exception as error:  # one bad record must not end the thread; it is counted
                 logger.error("capture refused", extra={"reason": type(error).__name__}, exc_info=error)
                 return None

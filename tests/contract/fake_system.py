@@ -38,6 +38,7 @@ from serve.front import Front
 from serve.input.fetch.fetcher import Fetcher
 from serve.input.media import MediaDoor
 from serve.input.refusals import Refusals
+from serve.privacy.scrub import Scrubber
 from serve.sampling.adapters.shelf import AdapterShelf
 from serve.sampling.http import build_sampling_router
 from serve.sampling.service import Sampling
@@ -154,7 +155,8 @@ class FakeSystem:
             version = _first_version(registry)
             gate = self.gate = VersionGate(version)
             blobs = Blobs(self._settings.blobs_url)
-            capture = CaptureQueue(store, blobs, self._settings.capture)
+            scrubber = Scrubber(self._settings.privacy)
+            capture = CaptureQueue(store, blobs, self._settings.capture, scrubber.completion)
             limits = self.limits = Limits(
                 self._settings.limits, 4, store, clock_ns=lambda: self.monotonic_ns(), wall=lambda: self.wall()
             )
@@ -167,13 +169,14 @@ class FakeSystem:
                 capture=capture,
                 settings=self._settings,
                 limits=CallerLimits(limits, store),
+                scrubber=scrubber,
             )
             self.chat = FakeChat(gate, capture, self._door)
             shelf = AdapterShelf(self.engine, gate, self.home / "adapters", most=self._adapters, max_rank=8)
             audit = handlers.audit
             sampling = self.sampling = Sampling(self.engine, gate, shelf, Turns(4, 1, quiet_s=0.01), audit)
             access = Access(store, self._settings.server, refresh_s=0.05)
-            stored = build_stored_router(store, blobs, capture, audit)
+            stored = build_stored_router(store, blobs, capture, audit, scrubber)
             routers = (stored, build_sampling_router(sampling), build_router(handlers))
             keeping = asyncio.create_task(sampling.keep())
             self.health, tls = Health(), self.certificates

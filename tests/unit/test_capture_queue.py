@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ class NoBlobs:
     def put(self, data: bytes, media_type: str) -> Image:
         raise AssertionError("no picture was sent")
 
+    def exists(self, sha256: str) -> bool:
+        raise AssertionError("no picture was sent")
+
 
 class Sink:
     """A store in memory that can be slow, away, or refuse one completion."""
@@ -37,7 +41,7 @@ class Sink:
         self.open.set()
         self.fail, self.refuse = fail, refuse
 
-    def add_completions(self, batch: list[Completion]) -> None:
+    def add_completions(self, batch: list[Completion], has_picture: Callable[[str], bool]) -> None:
         """Takes the batch when it may."""
         self.open.wait()
         if self.fail:

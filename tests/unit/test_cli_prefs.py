@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from PIL import Image as Picture
 
 from noria.blobs import Blobs
 from noria.cli.main import call
+from noria.cli.prefs.framing import framed
+from noria.errors import Unavailable
 from noria.records import BLOB_SCHEME, Choice, Completion, Preference, Side
 from noria.store import Store
 
@@ -87,10 +93,12 @@ def test_an_export_loses_nothing(full: Path, tmp_path: Path, capsys: pytest.Capt
     file, copy = tmp_path / "p.jsonl", tmp_path / "copy"
     assert call(["--home", str(full), "prefs", "export", str(file)]) == 0
     kinds = [json.loads(line)["kind"] for line in file.read_text().splitlines()]
-    assert kinds == ["image", "completion", "preference", "completion", "preference", "preference"]
+    middle = ["image", "completion", "preference", "completion", "preference", "preference", "feedback"]
+    assert kinds == ["header", *middle, "end"]
     capsys.readouterr()
     assert call(["--home", str(copy), "prefs", "import", str(file), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"images": 1, "completions": 2, "preferences": 3, "known": 0}
+    taken = {"images": 1, "completions": 2, "preferences": 3, "feedback": 1, "known": 0}
+    assert json.loads(capsys.readouterr().out) == taken
     assert preferences(copy) == preferences(full)
     with open_store(full) as old, open_store(copy) as new:
         for name in ("chatcmpl-a", "chatcmpl-b"):
@@ -116,20 +124,43 @@ def test_importing_twice_changes_nothing(full: Path, tmp_path: Path, capsys: pyt
     before = preferences(full)
     capsys.readouterr()
     assert call(["--home", str(full), "prefs", "import", str(file), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"images": 0, "completions": 0, "preferences": 0, "known": 6}
+    none = {"images": 0, "completions": 0, "preferences": 0, "feedback": 0, "known": 7}
+    assert json.loads(capsys.readouterr().out) == none
     assert preferences(full) == before
+
+
+def sealed(lines: list[str]) -> list[str]:
+    """The lines between, in a frame of their own."""
+    return [line.decode().rstrip("\n") for line in framed({}, (json.loads(line) for line in lines[1:-1]))]
 
 
 @pytest.mark.parametrize(
     ("spoil", "code", "said"),
     [
-        (lambda lines: [*lines[:2], "{not json", *lines[2:]], 2, "line 3 is not a line of an export"),
-        (lambda lines: [lines[0].replace('"data": "', '"data": "AAAA'), *lines[1:]], 6, "line 1: the picture's bytes"),
-        (lambda lines: lines[2:], 4, "line 1: chosen.completion_id: no stored completion 'chatcmpl-a'"),
-        (lambda lines: [lines[0].replace('"format": 1', '"format": 9')], 2, "line 1: format 9"),
+        (lambda lines: lines[:-1], 6, "the file has no end after line 8: it was cut off"),
+        (lambda lines: [*lines[:3], *lines[4:]], 6, "line 8: the end says 7 lines, there are 6"),
+        (
+            lambda lines: [*lines[:3], lines[3].replace('"ties"', "0") + " ", *lines[4:]],
+            6,
+            "line 9: the lines have sha256",
+        ),
+        (lambda lines: [*lines[:2], "{not json", *lines[2:]], 6, "line 10: the end says 7 lines, there are 8"),
+        (lambda lines: [lines[0].replace('"format":2', '"format":3')], 2, "format 3 was written by a newer Noria"),
+        (lambda lines: [lines[0], *lines], 6, "line 2: a header, and the file before it has no end"),
+        (
+            lambda lines: sealed([lines[0], lines[1].replace('"data":"', '"data":"AAAA'), *lines[2:]]),
+            *(6, "line 2: the picture's bytes"),
+        ),
+        (
+            lambda lines: sealed([lines[0], *lines[3:]]),
+            *(4, "line 2: chosen.completion_id: no stored completion 'chatcmpl-a'"),
+        ),
+        (lambda lines: sealed([lines[0], lines[2], *lines[2:]]), 5, "line 2: a picture was deleted"),
+        (lambda lines: ['{"kind": "preference", "format": 9}'], 2, "line 1: format 9: a line without a header"),
+        (lambda lines: ["[1]"], 2, "line 1 is not a line of an export: it is no object"),
     ],
 )
-def test_a_broken_line_is_named(
+def test_a_broken_file_is_refused_and_its_line_named(
     full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: object, code: int, said: str
 ) -> None:
     assert callable(spoil)
@@ -139,6 +170,75 @@ def test_a_broken_line_is_named(
     capsys.readouterr()
     assert call(["--home", str(tmp_path / "new"), "prefs", "import", str(file)]) == code
     assert said in capsys.readouterr().err
+    assert preferences(tmp_path / "new") == []
+
+
+def test_a_file_of_the_first_format_is_read(full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It had no header and no end; each of its lines names the format."""
+    file, old, copy = tmp_path / "p.jsonl", tmp_path / "old.jsonl", tmp_path / "copy"
+    call(["--home", str(full), "prefs", "export", str(file)])
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    old.write_text("".join(json.dumps({**one, "format": 1}) + "\n" for one in lines[1:-2]))
+    assert call(["--home", str(copy), "prefs", "import", str(old)]) == 0
+    assert preferences(copy) == preferences(full)
+    capsys.readouterr()
+    assert call(["--home", str(copy), "prefs", "import", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["feedback"] == 1
+
+
+def test_an_interrupted_import_goes_on(full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, copy, again = tmp_path / "p.jsonl", tmp_path / "copy", tmp_path / "again.jsonl"
+    call(["--home", str(full), "prefs", "export", str(file)])
+    monkeypatch.setattr(Store, "import_feedback", lambda *_: (_ for _ in ()).throw(Unavailable("the disk is full")))
+    assert call(["--home", str(copy), "prefs", "import", str(file)]) == 7
+    monkeypatch.undo()
+    assert call(["--home", str(copy), "prefs", "import", str(file)]) == 0
+    assert call(["--home", str(copy), "prefs", "export", str(again)]) == 0
+    assert again.read_bytes() == file.read_bytes()
+
+
+WEIRD = st.text(st.characters(), max_size=40).filter(lambda text: bool(text.strip()))
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(asked=WEIRD, first=WEIRD, comment=WEIRD, edit=WEIRD, key=WEIRD)
+@example("\ud800\x00", '\r\n\u2028{"kind":"end"', "\x1b[2J", "\x85\udfff", "\x00")
+def test_an_export_of_any_text_comes_back_byte_for_byte(
+    asked: str, first: str, comment: str, edit: str, key: str
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        one, two = Path(folder) / "one", Path(folder) / "two"
+        made = replace(
+            completion("c", open_blobs_of(one).put(png("red"), "image/png")),
+            messages=({"role": "user", "content": asked, key: [asked]},),
+            choices=(answer(0, first), answer(1, first + "!")),
+            metadata={key: asked},
+        )
+        with open_store(one) as store:
+            store.add_completions([made])
+            store.add_preference(Side("c", 0), Side("c", 1), "tie", annotator=comment, comment=comment)
+            store.add_feedback("c", 0, edit=edit + "?", comment=comment)
+        for home, name in ((one, "1"), (two, "2")):
+            assert call(["--home", str(home), "prefs", "export", f"{folder}/{name}"]) == 0
+            assert call(["--home", str(two), "prefs", "import", f"{folder}/1"]) == 0
+        assert Path(folder, "1").read_bytes() == Path(folder, "2").read_bytes()
+
+
+def test_what_people_wrote_does_not_move_the_cursor(full: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor the window's title, nor make a line that looks like ours."""
+    hostile = "\x1b]0;owned\x07\x1b[2Jme\n pref_0  \x9b31m\u202etxt\ud800"
+    with open_store(full) as store:
+        store.add_preference(Side("chatcmpl-c", 0), Side("chatcmpl-c", 1), annotator=hostile)
+    for words in (["list"], ["stats"], ["list", "--json"], ["stats", "--json"]):
+        capsys.readouterr()
+        assert call(["--home", str(full), "prefs", *words]) == 0
+        out = capsys.readouterr().out
+        assert not [char for char in out if not (char.isprintable() or char == "\n")]
+        assert "owned" in out
+    assert json.loads(out)["annotators"][hostile.replace("\ud800", "\ufffd")] == 1
+    capsys.readouterr()
+    call(["--home", str(full), "prefs", "list"])
+    assert len(capsys.readouterr().out.splitlines()) == 5
 
 
 def test_a_failed_export_leaves_no_file(full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,6 +275,9 @@ def test_stats_and_list(full: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_forget_deletes_all_of_one_end_user(full: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_store(full) as store:
         sha256 = store.get_completion("chatcmpl-a").images[0].sha256
+    assert call(["--home", str(full), "prefs", "forget", "--yes"]) == 2
+    assert call(["--home", str(full), "prefs", "forget", "u-8", "--user", "u-9", "--yes"]) == 2
+    capsys.readouterr()
     assert call(["--home", str(full), "prefs", "forget", "u-9", "--yes", "--json"]) == 0
     counts = json.loads(capsys.readouterr().out)
     assert (counts["completions"], counts["preferences"], counts["images"]) == (3, 3, 1)

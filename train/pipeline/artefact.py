@@ -52,6 +52,7 @@ def quantize(ctx: JobContext) -> Json:
         parent, frozen = parent_of(ctx), frozen_modules(ctx)
         recipe, found = KEPT, list[tuple[Json, "CalibrationSample"]]()
         if "language_model" not in frozen:
+            ctx.store.clear_forgotten_uses(ctx.job.id, ("calibration",))  # those are gone from what is read now
             recipe, found = _conversations(ctx, "calibration", ctx.train.quantize.calibration_samples)
         out = ctx.folder / "serving"
         remove(out)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 from noria.errors import TrainingError
 from noria.methods.table import reads_of
 from noria.records import Json
+from noria.store.privacy.lineage import TRAINED
 from train.data.pairs import PairRenderer, ThumbRenderer
 from train.data.render import ChatRenderer
 from train.pipeline.context import JobContext
@@ -35,9 +36,34 @@ if TYPE_CHECKING:
 
 
 def run(ctx: JobContext) -> Json:
-    """Trains, unless a report says that it was done. A recipe's stages and their curves stay in the report."""
-    told = once(ctx.folder / REPORT, lambda: _learn(ctx))
-    return {key: value for key, value in told.items() if key not in ("stages", "recipe")}
+    """Trains, unless a report says that it was done. A recipe's stages and their curves stay in the report.
+
+    When an end user is forgotten whose data it has read, it begins again without: what was learnt is thrown away.
+    """
+    while True:
+        _unlearn(ctx)
+        told = once(ctx.folder / REPORT, lambda: _learn(ctx))
+        if not _forgotten(ctx):
+            return {key: value for key, value in told.items() if key not in ("stages", "recipe")}
+
+
+def _forgotten(ctx: JobContext) -> int:
+    """How much of what the job trains on was deleted with its end user since the snapshot, or the last beginning."""
+    uses = ctx.store.forgotten_uses(ctx.job.id)
+    return sum(count for part, count in uses.items() if part in TRAINED)
+
+
+def _unlearn(ctx: JobContext) -> None:
+    """Throws away what an attempt has learnt from users who were forgotten meanwhile; checkpoints hold it too."""
+    gone = _forgotten(ctx)
+    if not gone:
+        return
+    ctx.store.clear_forgotten_uses(ctx.job.id)  # first: what is deleted from here on marks the job again
+    learnt = [folder for folder in (ctx.folder / "train", ctx.folder / "adapter") if folder.exists()]
+    for folder in learnt:
+        remove(folder)
+    again = "training begins again without them" if learnt else "training begins without them"
+    ctx.note(f"{gone} of what the job was to learn from were forgotten with their end users; {again}", gone=gone)
 
 
 def _learn(ctx: JobContext) -> Json:

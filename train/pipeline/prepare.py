@@ -40,7 +40,25 @@ def run(ctx: JobContext) -> Json:
             left_out=tuple(content["left_out"]),
         )
     )
+    ctx.store.note_uses(ctx.job.id, uses_of(content))
     return {key: content[key] for key in ("id", "sha256", "parent", "counts")}
+
+
+def uses_of(content: Json) -> dict[str, list[str]]:
+    """Ids of users' conversations and judgements in a snapshot that the store's own snapshot does not hold, by part.
+
+    `prompts` are those that GRPO asks, of the job or of a recipe's stages; with these the store can tell which versions
+    learnt from somebody (docs/privacy.md).
+    """
+    asked = content.get("prompts") or {}
+    frozen = [asked] if "captured" in asked else list(asked.values())
+    prompts = [id_ for one in frozen for ids in one["captured"].values() for id_ in ids]
+    kinds = ("completion", "preference", "feedback")
+    samples = {
+        part: [ref[kind] for ref in content["samples"].get(part, ()) for kind in kinds if kind in ref]
+        for part in ("calibration", "verification")
+    }
+    return {"prompts": prompts, **samples}
 
 
 def parent_of(ctx: JobContext) -> Parent:

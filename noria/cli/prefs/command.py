@@ -1,4 +1,4 @@
-"""`noria prefs`: stats, list, export, import, forget. They work on the home's store; no server is needed.
+"""`noria prefs`: stats, list, export, import, forget, prune. They work on the home's store; no server is needed.
 
 Comes in: the home. Goes out: figures, lines, files. `forget` goes through the server when one runs on the home, so
 that nothing which still waits for its commit survives.
@@ -6,17 +6,20 @@ that nothing which still waits for its commit survives.
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from noria.cli.context import AsJson, Place, place, print_fields, print_json, print_table, say, when
+from noria.cli.context import AsJson, Place, place, print_fields, print_json, print_table, say, shown, when
 from noria.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -78,22 +81,17 @@ def list_prefs(
 def export_prefs(
     ctx: typer.Context, file: Annotated[str, typer.Argument(help="The file to write; - is standard output.")]
 ) -> None:
-    """Writes every preference with its completions and pictures as JSONL; `import` reads it without loss."""
-    from noria.cli.prefs.transfer import export_lines
+    """Writes every preference and feedback with completions and pictures as JSONL; `import` reads it without loss."""
+    from noria.cli.prefs.transfer import counted, export
 
     here = place(ctx)
-    with (
-        here.store() as store,
-        _writing(file) as sink,
-        _bar("exporting", store.preference_counts()["total"]) as advance,
-    ):
-        written = 0
-        for line, is_preference in export_lines(store, _blobs(here)):
-            sink.write(json.dumps(line, ensure_ascii=False) + "\n")
-            if is_preference:
-                written += 1
-                advance(written)
-    say(f"{written} preferences exported")
+    with here.store() as store:
+        counts = counted(store)
+        judgements = counts["preferences"] + counts["feedback"]
+        with _writing(file) as sink, _bar("exporting", judgements) as advance:
+            for line in export(store, _blobs(here), counts, advance):
+                sink.write(line)
+    say(f"{counts['preferences']} preferences and {counts['feedback']} feedback exported")
 
 
 @group.command("import", epilog="Example: noria prefs import preferences.jsonl")
@@ -102,40 +100,79 @@ def import_prefs(
     file: Annotated[str, typer.Argument(help="The file to read; - is standard input.")],
     as_json: AsJson = False,
 ) -> None:
-    """Takes in an export; what is here already stays as it is, so a file may be imported twice."""
+    """Takes in an export, whole or not at all begun; what is here already stays, so a file may be imported twice."""
     from noria.access.audit import by_os_user
-    from noria.cli.prefs.transfer import import_lines
+    from noria.cli.prefs.transfer import import_file
 
     here = place(ctx)
     with (
         here.store() as store,
         by_os_user(store, "import_preferences"),
-        _reading(file) as (source, lines),
-        _bar("importing", lines) as advance,
+        _reading(file) as source,
+        _bar("importing", None) as advance,
     ):
-        counts = import_lines(store, _blobs(here), source, advance)
+        counts = import_file(store, _blobs(here), source, advance)
     if as_json:
         print_json(counts)
     else:
         print_fields(counts)
 
 
-@group.command(epilog="Example: noria prefs forget u-17 --yes")
+@group.command(epilog="Example: noria prefs forget --user u-17 --yes")
 def forget(
     ctx: typer.Context,
-    user: Annotated[str, typer.Argument(help="The `user` of the requests.")],
+    end_user: Annotated[str | None, typer.Argument(metavar="USER", help="The same as --user.")] = None,
+    user: Annotated[str | None, typer.Option("--user", help="The `user` of the requests.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Deletes everything of one end user: completions, preferences and feedback on them, pictures of nobody else."""
-    if not yes and not typer.confirm(f"Delete everything of {user!r}?", err=True):
+    """Deletes everything of one end user: completions, preferences and feedback on them, pictures of nobody else.
+
+    Prints which versions were trained on it: what weights have learnt is not taken out of them.
+    """
+    if (end_user is None) == (user is None):
+        raise InvalidRequest("name the end user once: --user U, or U alone", param="user")
+    wanted = str(end_user or user)
+    if not yes and not typer.confirm(f"Delete everything of {shown(repr(wanted))}?", err=True):
         raise typer.Exit(1)
     here = place(ctx)
-    counts = _forget(here, user)
+    counts = _forget(here, wanted)
     if as_json:
         print_json(counts)
+        return
+    print_fields({key: value for key, value in counts.items() if isinstance(value, int) and value is not True})
+    print_fields(_lineage(counts["lineage"]))
+
+
+@group.command(epilog="Example: noria prefs prune --dry-run")
+def prune(
+    ctx: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would go, and delete nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Deletes what is past retention (`privacy.retention_*`) now, and pictures that nothing refers to.
+
+    A running server does the same in the background.
+    """
+    from noria.privacy import retention
+
+    here = place(ctx)
+    settings = here.settings().privacy
+    with here.store() as store:
+        counts = retention.RoundCounts()
+        if dry_run:
+            would = retention.past_retention(store, settings)
+            counts = retention.RoundCounts(would.completions, would.preferences, would.feedback)
+        else:
+            retention.prune(store, _blobs(here), settings, counts)
+        retention.sweep(store, _blobs(here), settings, counts, dry_run=dry_run)
+    told = {"dry_run": dry_run, **asdict(counts)}
+    if dry_run:
+        del told["images"]  # which pictures go with their completions is known once those are gone
+    if as_json:
+        print_json(told)
     else:
-        print_fields({key: value for key, value in counts.items() if isinstance(value, int) and value is not True})
+        print_fields(told)
 
 
 def _forget(here: Place, user: str) -> dict[str, Any]:
@@ -150,10 +187,21 @@ def _forget_in(store: Store, blobs: Blobs, user: str) -> dict[str, Any]:
 
     with by_os_user(store, "forget_end_user"):  # without whom: the log must not remember what was to be forgotten
         counts: dict[str, Any] = dict(store.forget_end_user(user))
-        images = counts.pop("images", [])
-        for sha256 in images:
-            blobs.delete(sha256)
-    return {"id": user, "deleted": True, **counts, "images": len(images)}
+        dropped = store.drop_pictures(counts.pop("images"), blobs.delete)
+    return {"id": user, "deleted": True, **counts, "images": dropped}
+
+
+def _lineage(lineage: dict[str, Any]) -> dict[str, str]:
+    """Who learnt from what was deleted, a line a version and job."""
+    uses = {"version": lineage["versions"], "job": lineage["jobs"]}
+    found = {
+        f"in {kind} {one[kind]}": f"{one['state']}: " + ", ".join(f"{part} {n}" for part, n in one["uses"].items())
+        for kind, rows in uses.items()
+        for one in rows
+    }
+    if lineage["inherited"]:
+        found["inherited by"] = ", ".join(lineage["inherited"])
+    return found or {"in versions": "none"}
 
 
 def _blobs(here: Place) -> Blobs:
@@ -167,39 +215,42 @@ def _side(side: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _writing(file: str) -> Iterator[IO[str]]:
+def _writing(file: str) -> Iterator[IO[bytes]]:
     """Standard output, or a file that appears whole or not at all. Raises InvalidRequest where none can be written."""
     if file == "-":
-        yield sys.stdout
+        yield sys.stdout.buffer
         return
     target = Path(file)
     beside = target.with_name(f".{target.name}.tmp")
     try:
-        sink = beside.open("w", encoding="utf-8")
+        sink = beside.open("wb")
     except OSError as error:
         raise InvalidRequest(f"cannot write {file}: {error.strerror}", param="file") from None
     try:
         with sink:
             yield sink
+            sink.flush()
+            os.fsync(sink.fileno())
         beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)
 
 
 @contextmanager
-def _reading(file: str) -> Iterator[tuple[IO[str], int | None]]:
-    """The lines, and how many there are where that can be known. Raises InvalidRequest when the file is not there."""
+def _reading(file: str) -> Iterator[IO[bytes]]:
+    """The file; of standard input a copy, since it is read twice. Raises InvalidRequest when the file is not there."""
     if file == "-":
-        yield sys.stdin, None
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(sys.stdin.buffer, copy)
+            copy.seek(0)
+            yield copy
         return
     try:
-        with Path(file).open("rb") as counted:
-            lines = sum(1 for _ in counted)
-        source = Path(file).open(encoding="utf-8")  # noqa: SIM115 - closed below, outside the try
+        source = Path(file).open("rb")  # noqa: SIM115 - closed below, outside the try
     except OSError as error:
         raise InvalidRequest(f"{file}: {error.strerror}", param="file") from error
     with source:
-        yield source, lines
+        yield source
 
 
 @contextmanager

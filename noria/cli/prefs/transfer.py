@@ -1,9 +1,10 @@
-"""Preferences as a JSONL file that loses nothing, and back.
+"""Preferences and feedback as a JSONL file that loses nothing, and back.
 
-Comes in: a store and the pictures. Goes out: lines, each `{"kind": ...}`:
-`image` (its bytes in base64), `completion` (the whole record), then every `preference` that stands on them. A
-preference's line also carries the resolved prompt and both texts, for those who train elsewhere; import ignores these.
-A line only refers to lines above it, so a file can be read, cut or joined as a stream.
+Comes in: a store and the pictures. Goes out: lines, each `{"kind": ...}`: a header, `image` (its bytes in base64),
+`completion` (the whole record), every `preference` that stands on them, every `feedback`, and an end with the hash of
+it all (`noria.cli.prefs.framing`). A preference's line also carries the resolved prompt and both texts, for those who
+train elsewhere; import ignores these. A line only refers to lines above it. Snapshots stay: they belong to jobs and
+versions of their own home.
 """
 
 from __future__ import annotations
@@ -11,60 +12,92 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import IO, TYPE_CHECKING, Any
 
-from noria.errors import IntegrityError, InvalidRequest, NoriaError
-from noria.records import Choice, Completion, Image, Json, Preference, Side
+from noria.cli.prefs.framing import FORMAT, framed, kind_of, parsed, require_whole
+from noria.errors import IntegrityError, InvalidRequest, NoriaError, NotFound
+from noria.records import Choice, Completion, Feedback, Image, Json, Preference, Side
 
 if TYPE_CHECKING:
     from noria.blobs import Blobs
     from noria.store import Store
 
-FORMAT = 1
 
-
-def export_lines(store: Store, blobs: Blobs) -> Iterator[tuple[Json, bool]]:
-    """Every line, and whether it is a preference's. Raises NotFound when a picture's file is gone."""
-    told_completions: set[str] = set()
-    told_images: set[str] = set()
+def counted(store: Store) -> dict[str, int]:
+    """How much an export would hold of each kind."""
+    completions: set[str] = set()
+    counts = {"preferences": 0, "feedback": 0}
     for preference in store.iter_preferences():
-        named = [side.completion_id for side in (preference.chosen, preference.rejected) if side.completion_id]
+        counts["preferences"] += 1
+        completions.update(_named(preference))
+    for feedback in store.iter_feedback():
+        counts["feedback"] += 1
+        completions.add(feedback.completion_id)
+    images = {image.sha256 for id_ in completions for image in store.get_completion(id_).images}
+    return {"images": len(images), "completions": len(completions), **counts}
+
+
+def export(store: Store, blobs: Blobs, counts: dict[str, int], tick: Callable[[int], None]) -> Iterator[bytes]:
+    """The file, line by line; `counts` as `counted` told them, `tick` gets the number of judgements so far.
+
+    Raises NotFound when something was deleted meanwhile: the file is then not whole.
+    """
+    try:
+        yield from framed(counts, export_lines(store, blobs, tick))
+    except NotFound as error:
+        raise NotFound(f"{error.message}; was it deleted while exporting? Export again", param=error.param) from error
+
+
+def export_lines(store: Store, blobs: Blobs, tick: Callable[[int], None] = lambda done: None) -> Iterator[Json]:
+    """Every line between the header and the end. Raises NotFound when a picture's file is gone."""
+    told: set[str] = set()
+    done = 0
+    for preference in store.iter_preferences():
+        named = _named(preference)
         found = {id_: store.get_completion(id_) for id_ in named}
         for completion in found.values():
-            for image in completion.images:
-                if image.sha256 not in told_images:
-                    told_images.add(image.sha256)
-                    yield _image_line(image, blobs), False
-            if completion.id not in told_completions:
-                told_completions.add(completion.id)
-                yield {"kind": "completion", "format": FORMAT, **dataclasses.asdict(completion)}, False
+            yield from _completion_lines(completion, blobs, told)
         pair = {
             "messages": found[named[0]].messages,
             "chosen_text": text_of(preference.chosen, found),
             "rejected_text": text_of(preference.rejected, found),
         }
-        yield {"kind": "preference", "format": FORMAT, **dataclasses.asdict(preference), "pair": pair}, True
+        yield {"kind": "preference", **dataclasses.asdict(preference), "pair": pair}
+        done += 1
+        tick(done)
+    for feedback in store.iter_feedback():
+        if feedback.completion_id not in told:
+            yield from _completion_lines(store.get_completion(feedback.completion_id), blobs, told)
+        yield {"kind": "feedback", **dataclasses.asdict(feedback)}
+        done += 1
+        tick(done)
 
 
-def import_lines(store: Store, blobs: Blobs, lines: Iterable[str], tick: Callable[[int], None]) -> dict[str, int]:
+def import_file(store: Store, blobs: Blobs, source: IO[bytes], tick: Callable[[int], None]) -> dict[str, int]:
     """Takes in what is not there yet; ids and times stay. Returns how many of each kind were new, and how many known.
 
-    `tick` gets the number of lines read so far. Raises InvalidRequest or IntegrityError naming the line; what stood
-    above it is in the store then, and the same file may be imported again.
+    `source` must be seekable: a file with a header is read to its end before anything is taken, and nothing is where it
+    is not whole. `tick` gets the number of lines read so far. Raises InvalidRequest or IntegrityError naming the line;
+    what stood above it is in the store then, and the same file may be imported again: that goes on where it stopped.
     """
-    counts = {"images": 0, "completions": 0, "preferences": 0, "known": 0}
+    require_whole(source)
+    counts = {"images": 0, "completions": 0, "preferences": 0, "feedback": 0, "known": 0}
     number = 0
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
+    inside = False
+    for number, data in enumerate(source, start=1):
+        frame = kind_of(data)
+        if frame is not None:
+            inside = frame == "header"
+        elif data.strip():
+            line = parsed(data, number)
             try:
-                kind, new = _take(store, blobs, json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+                found, new = _take(store, blobs, line, None if inside else 1)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InvalidRequest(f"line {number} is not a line of an export: {error!r}") from error
             except NoriaError as error:
                 raise type(error)(f"line {number}: {error.message}", param=error.param, code=error.code) from error
-            counts[kind if new else "known"] += 1
+            counts[found if new else "known"] += 1
         tick(number)
     tick(number)
     return counts
@@ -80,26 +113,45 @@ def text_of(side: Side, completions: dict[str, Completion]) -> str | None:
 
 def _image_line(image: Image, blobs: Blobs) -> Json:
     data = base64.b64encode(blobs.get(image.sha256)).decode()
-    return {"kind": "image", "format": FORMAT, **dataclasses.asdict(image), "data": data}
+    return {"kind": "image", **dataclasses.asdict(image), "data": data}
 
 
-def _take(store: Store, blobs: Blobs, line: Json) -> tuple[str, bool]:
-    if line.get("format") != FORMAT:
-        raise InvalidRequest(f"format {line.get('format')!r} is not {FORMAT}: made by another version of Noria?")
+def _completion_lines(completion: Completion, blobs: Blobs, told: set[str]) -> Iterator[Json]:
+    """Its pictures and itself, as far as they were not told yet."""
+    for image in completion.images:
+        if image.sha256 not in told:
+            told.add(image.sha256)
+            yield _image_line(image, blobs)
+    if completion.id not in told:
+        told.add(completion.id)
+        yield {"kind": "completion", **dataclasses.asdict(completion)}
+
+
+def _named(preference: Preference) -> list[str]:
+    return [side.completion_id for side in (preference.chosen, preference.rejected) if side.completion_id]
+
+
+def _take(store: Store, blobs: Blobs, line: Json, needs: int | None) -> tuple[str, bool]:
+    """Takes one line in; `needs` is the format that it must name itself, where no header did."""
+    if line.get("format") != needs:
+        known = f"a line without a header names format {needs}" if needs else f"the header said format {FORMAT}"
+        raise InvalidRequest(f"format {line.get('format')!r}: {known}; made by another version of Noria?")
     kind = line["kind"]
     if kind == "image":
         data = base64.b64decode(line["data"], validate=True)
         digest = hashlib.sha256(data).hexdigest()
         if digest != line["sha256"]:
             raise IntegrityError(f"the picture's bytes have sha256 {digest}, the line says {line['sha256']}")
-        known = blobs.exists(digest)
+        there = blobs.exists(digest)
         blobs.put(data, line["media_type"])
-        return "images", not known
+        return "images", not there
     if kind == "completion":
-        return "completions", store.add_completions([completion_of(line)]) == 1
+        return "completions", store.add_completions([completion_of(line)], blobs.exists) == 1
     if kind == "preference":
         return "preferences", store.import_preference(preference_of(line))
-    raise InvalidRequest(f"kind {kind!r} is none of image, completion, preference")
+    if kind == "feedback":
+        return "feedback", store.import_feedback(Feedback(**_fields(Feedback, line)))
+    raise InvalidRequest(f"kind {kind!r} is none of image, completion, preference, feedback")
 
 
 def completion_of(line: Json) -> Completion:

@@ -6,14 +6,13 @@ is kept. Must not import httpx, rich or the store at import: `--help` must stay 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from noria.cli.context import Place, place, say
+from noria.cli.context import Place, json_text, place, say, shown
 from noria.errors import Conflict, InvalidRequest, NotFound
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def sample(
         rows = [{**row, **one} for row, one in zip(rows, score(here, rows, reward, wanted), strict=True)]
     if as_json:
         for row in rows:
-            typer.echo(json.dumps(row, ensure_ascii=False))
+            typer.echo(json_text(row))
     else:
         _show(groups, asked, rows)
     _tell_refused(groups)
@@ -120,9 +119,9 @@ def _show(groups: Sequence[Group], asked: Sequence[Prompt], rows: Sequence[Json]
     for group in groups:
         answers = asked[group.prompt].known.get("answers")
         known = f"  (right: {', '.join(map(str, answers))})" if isinstance(answers, list) and answers else ""
-        typer.echo(f"{_words(group.messages)[:SHOWN]}{known}")
+        typer.echo(shown(f"{_words(group.messages)[:SHOWN]}{known}"))
         for row in by_group.get(group.id, []):
-            typer.echo(_line(row))
+            typer.echo(shown(_line(row)))
     totals = [row["total"] for row in rows if row.get("total") is not None]
     if totals:
         typer.echo(f"mean reward {sum(totals) / len(totals):.4g} over {len(totals)} of {len(rows)} samples")

@@ -24,6 +24,7 @@ from serve.access.caller import Role, current_caller
 from serve.api.errors import NoriaRoute
 from serve.api.openai.shapes import completion_object, page, store_messages
 from serve.capture.chat import metadata_fault
+from serve.privacy.scrub import Scrubber
 
 METADATA = re.compile(r"metadata\[(.+)\]")
 LARGEST_PAGE = 100
@@ -38,8 +39,8 @@ class Flushes(Protocol):
         """Returns when that completion, or all, is committed or dropped."""
 
 
-def build_stored_router(store: Store, blobs: Blobs, capture: Flushes, audit: Audit) -> APIRouter:
-    """The five routes, for vLLM's application."""
+def build_stored_router(store: Store, blobs: Blobs, capture: Flushes, audit: Audit, scrubber: Scrubber) -> APIRouter:
+    """The five routes, for vLLM's application; `scrubber` cuts metadata to what may be kept."""
     router = APIRouter(prefix="/v1/chat/completions", route_class=NoriaRoute, tags=["stored completions"])
 
     @router.get("")
@@ -67,16 +68,17 @@ def build_stored_router(store: Store, blobs: Blobs, capture: Flushes, audit: Aud
     @router.post("/{completion_id}")
     async def update_completion(completion_id: str, request: Request) -> Json:
         """Replaces the metadata; nothing else can be changed."""
-        metadata = await _metadata_of(request)
+        metadata = await asyncio.to_thread(scrubber.metadata, await _metadata_of(request))
         await _read(store, capture, completion_id, CHANGERS)
         return completion_object(await asyncio.to_thread(store.set_completion_metadata, completion_id, metadata))
 
     @router.delete("/{completion_id}")
     async def delete_completion(completion_id: str) -> Json:
-        """Deletes one."""
+        """Deletes one, with its judgements and the pictures that no other shows."""
         async with audit.action("delete_completion", completion_id):
             await _read(store, capture, completion_id, CHANGERS)
-            await asyncio.to_thread(store.delete_completion, completion_id)
+            pictures = await asyncio.to_thread(store.delete_completion, completion_id)
+            await asyncio.to_thread(store.drop_pictures, pictures, blobs.delete)
         return {"object": "chat.completion.deleted", "id": completion_id, "deleted": True}
 
     @router.get("/{completion_id}/messages")

@@ -25,6 +25,7 @@ DELETE /v1/chat/completions/{completion_id}          client operator
 GET    /v1/chat/completions/{completion_id}/messages annotator client operator
 PUT    /noria/v1/adapters/{name}                     operator trainer
 GET    /noria/v1/adapters                            operator trainer
+GET    /noria/v1/limits                              annotator client operator trainer
 DELETE /noria/v1/adapters/{name}                     operator trainer
 POST   /noria/v1/samples                             operator trainer
 POST   /noria/v1/preferences                         annotator operator
@@ -86,7 +87,7 @@ SamplingService/SampleGroup           operator trainer
 def test_every_route_of_ours_has_the_roles_of_this_list() -> None:
     app, nothing = FastAPI(docs_url=None, redoc_url=None, openapi_url=None), cast(Any, None)
     for router in (
-        build_stored_router(nothing, nothing, nothing, nothing),
+        build_stored_router(nothing, nothing, nothing, nothing, nothing),
         build_sampling_router(nothing),
         build_router(nothing),
     ):

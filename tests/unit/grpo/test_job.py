@@ -182,6 +182,27 @@ def test_what_users_delete_is_not_asked_and_what_they_ask_later_is_the_next_jobs
     assert "1 of the job's prompts were deleted since" in notes
 
 
+def test_the_store_knows_whose_prompts_a_job_asks(trainer: Trainer, pool: Pool) -> None:
+    """So that forgetting them marks the job and its version; a job that has not trained asks without them."""
+    for number in range(6):
+        ask(trainer, number)
+    theirs = replace(trainer.store.get_completion("chatcmpl-2"), id="chatcmpl-me", end_user="me", prompt_hash="mine")
+    trainer.store.add_completions([theirs])
+    ctx = started(trainer, "grpo", {"held_out": 0.0, "grpo": {"steps": 1}})
+    ctx.done["snapshot"] = prepare.run(ctx)
+    uses = trainer.store.uses(ctx.job.id)
+    assert set(uses["prompts"]) == {"chatcmpl-me", *(f"chatcmpl-{number}" for number in range(6))}
+    assert "chatcmpl-me" in uses["calibration"] + uses["verification"]
+    lineage = trainer.store.forget_end_user("me")["lineage"]
+    assert lineage["jobs"][0]["uses"]["prompts"] == 1
+    learn.run(ctx)
+    assert "prompts" not in trainer.store.forgotten_uses(ctx.job.id)
+    notes = [event.data["message"] for event in trainer.store.events(ctx.job.id) if event.kind == "log"]
+    assert (
+        "1 of what the job was to learn from were forgotten with their end users; training begins without them" in notes
+    )
+
+
 def test_prompts_of_a_file_must_stay_as_they_were(trainer: Trainer, tmp_path: Path, pool: Pool) -> None:
     path = tmp_path / "asked.jsonl"
     path.write_text('{"prompt": "hi", "answer": "yes"}\n')

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from noria.errors import Conflict
+from noria.errors import Conflict, TrainingError
 from noria.records import BLOB_SCHEME, Choice, Completion, Json, Side
 from tests.unit.stages.material import write_data
 from tests.unit.web import Web, serving
@@ -222,3 +222,51 @@ def test_words_that_spell_a_placeholder_show_no_picture(trainer: Trainer, conver
     found = calibration.samples(names, {}, ctx.store.get_completion, ctx.images, ctx.data_images)
     encoded = [encode(load_processor(tiny_vlm), sample, 256) for _, sample in found]
     assert [one is None for one in encoded] == [True, True, True, False, False]
+
+
+def users_thumb(trainer: Trainer, name: str, user: str) -> str:
+    """As `thumbed`, of a conversation that is this end user's."""
+    answer = Choice(0, f"a {name} square", {"role": "assistant"}, finish_reason="stop")
+    asked = {"role": "user", "content": f"what is {name}"}
+    one = Completion(name, 1.0, "noria", "v1", (asked,), {}, f"hash of {name}", (answer,), end_user=user)
+    trainer.store.add_completions([one])
+    return trainer.store.add_feedback(name, 0, thumb="down" if name == "blue" else "up").id
+
+
+def test_a_user_who_is_forgotten_while_the_job_trains_is_not_in_its_weights(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was learnt so far is thrown away; a second attempt, and one after a crash, have never read it."""
+    from train.methods.preferences import method
+
+    for name, user in (("red", "goes"), ("green", "stays"), ("blue", "stays"), ("grey", "stays")):
+        users_thumb(trainer, name, user)
+    kto = {"epochs": 1, "batch_size": 2, "micro_batch_size": 2}
+    ctx = started(trainer, "kto", {**SETTINGS, "kto": kto, "quantize": {"calibration_samples": 8}})
+    ctx.done["snapshot"] = prepare.run(ctx)
+    assert "red" in trainer.store.uses(ctx.job.id)["calibration"] + trainer.store.uses(ctx.job.id)["verification"]
+    learnt: list[int] = []
+    train_method = method.train_method
+
+    def forgetting(*args: Any, **more: Any) -> Any:
+        learnt.append(len(args[2]))
+        report = train_method(*args, **more)
+        if len(learnt) == 1:
+            told = trainer.store.forget_end_user("goes")["lineage"]
+            assert [one["job"] for one in told["jobs"]] == [ctx.job.id]
+            assert told["jobs"][0]["uses"]["train"] == 1
+        return report
+
+    monkeypatch.setattr(method, "train_method", forgetting)
+    told = learn.run(ctx)
+    assert learnt == [4, 3]
+    assert told["answers"] == 3
+    assert "train" not in trainer.store.forgotten_uses(ctx.job.id)
+    again = (
+        "1 of what the job was to learn from were forgotten with their end users; training begins again without them"
+    )
+    assert again in notes(ctx)
+    trainer.store.forget_end_user("stays")
+    with pytest.raises(TrainingError, match="every training row of the snapshot was deleted since"):
+        learn.run(ctx)
+    assert not (ctx.folder / "adapter").exists()

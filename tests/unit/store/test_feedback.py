@@ -106,6 +106,7 @@ def test_forgetting_an_end_user_leaves_nothing_of_them(store: Store) -> None:
         "preferences": 3,
         "feedback": 1,
         "images": [PICTURE.sha256],
+        "lineage": {"versions": [], "inherited": [], "jobs": []},
     }
     assert [one.id for one in store.list_completions()] == ["own", "shared"]
     assert store.list_preferences() == [kept]

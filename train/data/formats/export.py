@@ -18,8 +18,9 @@ from noria.records import BLOB_SCHEME, Json, image_references
 from train.data.formats.pictures import Pictures, Place
 from train.data.formats.turns import Conversation, conversation, read_turns
 
-KINDS = ("image", "completion", "preference")
-FORMAT = 1
+FRAME = ("header", "end", "feedback")  # say nothing of a preference's texts
+KINDS = ("image", "completion", "preference", *FRAME)
+FORMATS = (1, 2)  # from 2 on the header alone names it
 
 
 class ExportReader:
@@ -33,7 +34,7 @@ class ExportReader:
 
         Raises InvalidRequest on a line of another version, damaged bytes, a pair without its texts or stored pictures.
         """
-        if row.get("kind") not in KINDS or row.get("format") != FORMAT:
+        if row.get("kind") not in KINDS or row.get("format", FORMATS[-1]) not in FORMATS:
             raise InvalidRequest(f"kind {row.get('kind')!r} in format {row.get('format')!r} is no line of an export")
         if row["kind"] == "image":
             self._keep(row, place)

@@ -335,6 +335,7 @@ def _scorer(ctx: JobContext, rewards: RewardSettings, folder: Path, applied: App
 
     def pairs() -> tuple[Sequence[Pair], Sequence[Pair]]:
         chosen = snapshot.select(ctx.store.training_pairs(), held_out=ctx.train.held_out)
+        ctx.store.note_uses(ctx.job.id, {"reward": [pair.preference_id for pair in chosen.train]})
         return chosen.train, chosen.held_out
 
     backing = Backing(

@@ -1,0 +1,1 @@
+"""Tests of what is not kept and of what does not stay."""
