@@ -38,8 +38,8 @@ proto-fresh: $(STAMP)
 docs-fresh: $(STAMP)
 	$(BIN)/python -m tests.checks.papers --check
 
-test: $(STAMP) ## unit, contract and flow tests
-	$(PYTEST) tests/unit tests/contract tests/flow
+test: $(STAMP) ## unit, contract, fuzz and flow tests
+	$(PYTEST) tests/unit tests/contract tests/fuzz tests/flow
 
 demo: $(STAMP) ## the whole loop on this machine, with a table at the end
 	$(BIN)/noria demo

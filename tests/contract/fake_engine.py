@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -33,6 +33,7 @@ from serve.api.errors import error_response
 from serve.api.grpc.server import build_server
 from serve.api.handlers import Handlers
 from serve.api.http import build_router
+from serve.api.openai.stored import build_stored_router
 from serve.capture.chat import storage_fault
 from serve.capture.queue import CaptureQueue
 from serve.capture.tape import Captured, ChoiceTape
@@ -152,7 +153,7 @@ def parsed(request: Json) -> ChatBody:
     return body
 
 
-def chat_app(chat: FakeChat, handlers: Handlers, sampling: Sampling, gate: VersionGate) -> Any:
+def chat_app(chat: FakeChat, handlers: Handlers, sampling: Sampling, gate: VersionGate, stored: APIRouter) -> Any:
     """The application: `/v1/chat/completions` over the fake, and our own routers."""
     app = FastAPI()
 
@@ -166,6 +167,7 @@ def chat_app(chat: FakeChat, handlers: Handlers, sampling: Sampling, gate: Versi
         except NoriaError as error:
             return error_response(error)
 
+    app.include_router(stored)
     app.include_router(build_sampling_router(sampling, handlers.api_key))
     app.include_router(build_router(handlers))
     traced = TraceMiddleware(app, gate)
@@ -229,7 +231,8 @@ class FakeSystem:
             keeping = asyncio.create_task(sampling.keep())
             rpc, self.grpc_port = await build_server(handlers, self.chat, sampling, host="127.0.0.1", port=0)
             await rpc.start()
-            await self._serve_http(chat_app(self.chat, handlers, sampling, gate))
+            stored = build_stored_router(store, blobs, capture)
+            await self._serve_http(chat_app(self.chat, handlers, sampling, gate, stored))
             keeping.cancel()
             await sampling.close()
             await rpc.stop(1)
