@@ -72,7 +72,7 @@ def test_every_route_answers_as_documented(system: System, ours: Any, mode: Gene
             ask()
         except Unsatisfiable:
             continue  # of a route without anything to vary there is nothing wrong to send
-        except (AssertionError, BaseExceptionGroup) as error:  # every route is tried; the test fails below with all of them
+        except (AssertionError, BaseExceptionGroup) as error:  # told below, all together
             failed[operation.label] = str(error)
     assert not failed, "\n".join(f"{label}: {why}" for label, why in failed.items())
     assert len(sent) >= MOST_ROUTES[mode] and sum(sent.values()) >= 4 * len(sent), sent
