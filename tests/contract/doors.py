@@ -200,6 +200,7 @@ class GrpcDoor:
     name = "grpc"
 
     def __init__(self, address: str, api_key: str | None = None) -> None:
+        self.address = address
         self.channel = grpc.insecure_channel(address)
         self._options: Json = {"timeout": TIMEOUT_S}
         if api_key:

@@ -32,7 +32,7 @@ from serve.api.chat import begin_trace
 from serve.api.errors import error_response
 from serve.api.grpc.server import build_server
 from serve.api.handlers import Handlers
-from serve.api.http import build_router
+from serve.api.http import body_of, build_router
 from serve.api.openai.stored import build_stored_router
 from serve.capture.chat import storage_fault
 from serve.capture.queue import CaptureQueue
@@ -160,7 +160,7 @@ def chat_app(chat: FakeChat, handlers: Handlers, sampling: Sampling, gate: Versi
     @app.post("/v1/chat/completions")
     async def create(request: Request) -> Response:
         try:
-            body = parsed(await request.json())
+            body = parsed(await body_of(request))
             if body.stream:
                 return StreamingResponse(_lines(chat.chunks(body)), media_type="text/event-stream")
             return JSONResponse(await chat.answer(body))
