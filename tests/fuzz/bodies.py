@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from noria.records import Json
-from tests.fuzz.cases import HttpCase, RawCase
+from tests.fuzz.cases import COMPLETION, HttpCase, RawCase
 
 CHAT: Json = {
     "model": "noria",
@@ -35,11 +35,11 @@ CHAT: Json = {
     "metadata": {"case": "fuzz"},
     "user": "u-fuzz",
 }
-SIDE: Json = {"completion_id": "chatcmpl-1", "index": 0}
+SIDE: Json = {"completion_id": COMPLETION, "index": 0}
 POSTED: dict[str, Json] = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": {"model": "noria", "prompt": "the", "max_tokens": 2, "seed": 1, "echo": False},
-    "/v1/chat/completions/chatcmpl-1": {"metadata": {"a": "b"}},
+    f"/v1/chat/completions/{COMPLETION}": {"metadata": {"a": "b"}},
     "/noria/v1/preferences": {
         "chosen": SIDE,
         "rejected": {**SIDE, "index": 1},
@@ -68,7 +68,7 @@ LISTS = (
     "/noria/v1/versions",
     "/noria/v1/rollouts",
     "/v1/chat/completions",
-    "/v1/chat/completions/chatcmpl-1/messages",
+    f"/v1/chat/completions/{COMPLETION}/messages",
     "/noria/v1/jobs/job_1/events",
 )
 NAMED = (

@@ -5,7 +5,7 @@ Comes in: hypothesis strategies. Goes out: lists of cases, the same ones for the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -13,6 +13,8 @@ from hypothesis.strategies import SearchStrategy
 
 T = TypeVar("T")
 MOST_ROUNDS = 50
+COMPLETION = f"chatcmpl-{0:032x}"
+"""Stands in every case for the id of a completion that is stored, so that what is behind the look-up is reached too."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,16 @@ class RawCase:
 
 
 Case = HttpCase | GrpcCase | RawCase
+
+
+def about(case: Case, completion_id: str) -> Case:
+    """The case with a real completion's id; in protobuf only one of the same length can take the place."""
+    old, new = COMPLETION.encode(), completion_id.encode()
+    if isinstance(case, HttpCase):
+        return replace(case, path=case.path.replace(COMPLETION, completion_id), body=case.body.replace(old, new))
+    if isinstance(case, GrpcCase) and len(old) == len(new):
+        return replace(case, messages=tuple(one.replace(old, new) for one in case.messages))
+    return case
 
 
 def drawn(strategy: SearchStrategy[T], count: int, number: int) -> list[T]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from noria.v1 import feedback_pb2, inference_pb2, operator_pb2, sampling_pb2
-from tests.fuzz.cases import GrpcCase, RawCase
+from tests.fuzz.cases import COMPLETION, GrpcCase, RawCase
 
 FILES = (inference_pb2, feedback_pb2, operator_pb2, sampling_pb2)
 METHODS: dict[str, Any] = {
@@ -29,7 +29,7 @@ SETTINGS_FRAME = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 
 odd_texts = st.one_of(
     st.text(max_size=20),
-    st.sampled_from(("", "v1", "noria", "user", "chosen", "chatcmpl-1", "\x00", "../..", "\u202e", "a" * 5000)),
+    st.sampled_from(("", "v1", "noria", "user", "chosen", COMPLETION, "\x00", "../..", "\u202e", "a" * 5000)),
 )
 SCALARS: dict[int, SearchStrategy[Any]] = {
     1: st.one_of(st.floats(), st.sampled_from((math.nan, math.inf, 0.0, 1.0, 1e308))),  # double

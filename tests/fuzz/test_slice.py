@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.contract.conftest import System, fake_system
+from tests.fuzz.cases import about
 from tests.fuzz.plan import batches
 from tests.fuzz.send import Sender, Tally
 
@@ -26,8 +27,9 @@ def test_malformed_requests_are_refused_and_nothing_breaks(system: System) -> No
     """No 500, INTERNAL or UNKNOWN, no hang, every refusal says why; then both doors answer a good request."""
     sender = Sender(str(system.http.client.base_url), system.grpc.address, limit_s=LIMIT_S)
     tally = Tally()
+    completion_id = system.http.chat("which?", n=2, seed=1, temperature=1, store=True)["id"]
     for cases in batches(REQUESTS, seed=1):
-        asyncio.run(sender.send(cases, tally))
+        asyncio.run(sender.send([about(case, completion_id) for case in cases], tally))
     assert not tally.failed, "\n".join(tally.failures)
     assert tally.sent >= REQUESTS
     statuses = {status for counts in tally.counts.values() for status in counts}
