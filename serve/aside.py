@@ -43,7 +43,7 @@ async def run_aside(settings: Settings, version: str | None = None) -> int:
         sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings))
         app.add_exception_handler(NoriaError, answer_error)
         app.include_router(build_sampling_router(sampling, key_of(settings)))
-        doors = Doors(wrapped(app, gate, settings), app.state, sock, None, settings.server.shutdown_s)
+        doors = Doors(wrapped(app, gate, settings), app.state, sock, None, settings.server.shutdown_s, settings.doors)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         stack.push_async_callback(sampling.close)

@@ -10,10 +10,15 @@ import asyncio
 import logging
 import math
 import socket
+from collections import Counter
 from typing import Any
 
+from prometheus_client import REGISTRY
+
 from noria.errors import SettingsError
-from noria.settings import ServerSettings
+from noria.settings import DoorSettings, ServerSettings
+from serve.wires.metrics import export_ended
+from serve.wires.patience import Reason, patient
 
 logger = logging.getLogger("noria.server")
 
@@ -35,16 +40,30 @@ def bind_http(settings: ServerSettings) -> socket.socket:
 class Doors:
     """HTTP and gRPC, started together and closed together."""
 
-    def __init__(self, app: Any, state: Any, sock: socket.socket, grpc_server: Any, shutdown_s: float) -> None:
+    def __init__(
+        self,
+        app: Any,
+        state: Any,
+        sock: socket.socket,
+        grpc_server: Any,
+        shutdown_s: float,
+        limits: DoorSettings | None = None,
+    ) -> None:
         """`app` is the wrapped application; `state` vLLM's, which its exception handler reads the server from.
 
-        Without a `grpc_server` there is HTTP alone.
+        Without a `grpc_server` there is HTTP alone. `limits` end connections that dawdle.
         """
         import uvicorn
         from vllm.entrypoints.launchers.launcher import NoSignalServer
 
+        self.ended: Counter[Reason] = Counter()
+        self._exported = export_ended(self.ended)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(shutdown_s)
+            app,
+            http=patient(limits or DoorSettings(), self.ended),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=math.ceil(shutdown_s),
         )
         self._http = state.server = NoSignalServer(config)
         self._sock, self._grpc, self._shutdown_s = sock, grpc_server, shutdown_s
@@ -69,6 +88,7 @@ class Doors:
         if grpc_stop is not None:
             await grpc_stop
         self._sock.close()
+        REGISTRY.unregister(self._exported)
 
     def force(self) -> None:
         """A second signal: running requests are not waited for."""

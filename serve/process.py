@@ -72,7 +72,7 @@ async def run(settings: Settings, model: str | None = None) -> int:
         server = settings.server
         chat = VllmChatBackend(app.state, gate)
         grpc_server, grpc_port = await build_server(handlers, chat, sampling, host=server.host, port=server.grpc_port)
-        doors = Doors(wrapped(app, gate, settings), app.state, sock, grpc_server, server.shutdown_s)
+        doors = Doors(wrapped(app, gate, settings), app.state, sock, grpc_server, server.shutdown_s, settings.doors)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         stack.push_async_callback(sampling.close)  # before the doors: a group would hold them open

@@ -1,5 +1,6 @@
 """The settings tree: `load_settings` reads it, `Settings` is what it becomes; the sections lie beside."""
 
+from noria.settings.doors import DoorSettings
 from noria.settings.keeping import CaptureSettings, StoreSettings
 from noria.settings.serving import EngineSettings, ReleaseSettings, SamplingSettings, ServerSettings
 from noria.settings.training import PolicySettings, QuantizeSettings, TrainSettings, VerifySettings
@@ -7,6 +8,7 @@ from noria.settings.tree import Settings, load_settings, override_train
 
 __all__ = [
     "CaptureSettings",
+    "DoorSettings",
     "EngineSettings",
     "PolicySettings",
     "QuantizeSettings",

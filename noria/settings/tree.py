@@ -23,6 +23,7 @@ from pydantic_settings import (
 from noria.errors import SettingsError
 from noria.methods.grpo import policy_conflict
 from noria.methods.table import METHODS
+from noria.settings.doors import DoorSettings
 from noria.settings.keeping import CaptureSettings, StoreSettings
 from noria.settings.serving import EngineSettings, ReleaseSettings, SamplingSettings, ServerSettings
 from noria.settings.training import TrainSettings
@@ -44,6 +45,7 @@ class Settings(BaseSettings):
     url: str | None = None
     """NORIA_URL: where commands find the server; none is the home's own, else server.http_port here."""
     server: ServerSettings = ServerSettings()
+    doors: DoorSettings = DoorSettings()
     engine: EngineSettings = EngineSettings()
     sampling: SamplingSettings = SamplingSettings()
     capture: CaptureSettings = CaptureSettings()

@@ -12,6 +12,7 @@ import json
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -26,7 +27,7 @@ from noria.blobs import Blobs
 from noria.errors import InvalidRequest, NoriaError, NotFound
 from noria.records import Json
 from noria.registry import ManifestDraft, Registry, fingerprint
-from noria.settings import Settings
+from noria.settings import DoorSettings, Settings
 from noria.store import Store
 from serve.api.chat import begin_trace
 from serve.api.errors import error_response
@@ -43,6 +44,7 @@ from serve.sampling.adapters.shelf import AdapterShelf
 from serve.sampling.http import build_sampling_router
 from serve.sampling.service import Sampling
 from serve.sampling.turns import Turns
+from serve.wires.patience import Reason, patient
 from tests.contract.fake_sampling import FakeSamplingEngine
 from tests.unit.sampling.adapters import write_serving
 
@@ -177,10 +179,12 @@ def chat_app(chat: FakeChat, handlers: Handlers, sampling: Sampling, gate: Versi
 class FakeSystem:
     """Everything of a server but vLLM, listening on two free ports; `adapters` is `engine.policy_adapters`."""
 
-    def __init__(self, home: Path, api_key: str | None = None, adapters: int = 2) -> None:
+    def __init__(
+        self, home: Path, api_key: str | None = None, adapters: int = 2, doors: DoorSettings | None = None
+    ) -> None:
         self.home = home
         server = {"api_key": api_key} if api_key else {}
-        self._settings = Settings(home=home, server=server)
+        self._settings = Settings(home=home, server=server, doors=doors or DoorSettings())
         home.mkdir(parents=True, exist_ok=True)
         self._ready = threading.Event()
         self._stop = asyncio.Event()
@@ -191,6 +195,7 @@ class FakeSystem:
         self.sampling: Sampling
         self.engine = FakeSamplingEngine()
         self._adapters = adapters
+        self.ended: Counter[Reason] = Counter()
 
     def start(self) -> None:
         """Returns when both doors are open."""
@@ -239,7 +244,9 @@ class FakeSystem:
             await capture.close()
 
     async def _serve_http(self, app: Any) -> None:
-        config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off")
+        config = uvicorn.Config(
+            app, http=patient(self._settings.doors, self.ended), port=0, log_level="warning", lifespan="off"
+        )
         http, listening = uvicorn.Server(config), config.bind_socket()
         listening.listen()
         self.http_port = listening.getsockname()[1]

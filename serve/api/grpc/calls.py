@@ -6,6 +6,7 @@ Must not import vllm.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from noria.errors import NoriaError, Unauthenticated, openai_body, wire_of
+from noria.errors import NoriaError, Unauthenticated, Unavailable, openai_body, wire_of
 from serve.api.errors import check_key, internal
 
 ERROR_KEY = "noria-error-bin"
@@ -43,6 +44,15 @@ async def answering(context: Any, method: str) -> AsyncIterator[None]:
     except Exception as error:
         log.exception("call_failed", extra={"method": method})
         await abort(context, internal(error))
+
+
+async def write(context: Any, message: Any, stalled_s: float) -> None:
+    """Sends one message of a stream. Raises Unavailable where the client has not made room for it in `stalled_s`."""
+    try:
+        async with asyncio.timeout(stalled_s):
+            await context.write(message)
+    except TimeoutError:
+        raise Unavailable(f"the client has not read on for {stalled_s:g} s", code="unread") from None
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):

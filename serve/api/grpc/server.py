@@ -45,15 +45,17 @@ async def build_server(
     `api_key` is the settings' when None. Raises SettingsError when the address is taken.
     """
     key = api_key or handlers.api_key
+    doors = handlers.settings.doors
     server = grpc.aio.server(
         interceptors=[KeyInterceptor(key)] if key else [],
         options=[
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),  # else two servers share a port in silence
+            ("grpc.server_handshake_timeout_ms", int(doors.head_s * 1000)),
         ],
     )
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(Inference(chat), server)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(Inference(chat, doors.stalled_s), server)
     feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(Feedback(handlers), server)
     operator_pb2_grpc.add_OperatorServiceServicer_to_server(Operator(handlers), server)
     sampling_pb2_grpc.add_SamplingServiceServicer_to_server(SamplingServicer(sampling), server)
