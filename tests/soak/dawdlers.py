@@ -1,0 +1,113 @@
+"""Clients that hold connections and do nothing useful with them.
+
+Comes in: the addresses of a server. Goes out: how many connections were opened, and how many the server has ended.
+Slow readers take a byte a second; the half-open say nothing, half a head, half a body, half a handshake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections import Counter
+from typing import Any
+
+import grpc
+import httpx
+
+from noria.records import Json
+from noria.v1 import inference_pb2_grpc
+from tests.contract.doors import chat_body, chat_request
+
+SMALL_BYTES = 4096
+LONG: Json = {"max_tokens": 150, "n": 4, "logprobs": True, "top_logprobs": 20, "temperature": 1, "store": False}
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+HALVES = {
+    "http, silent": b"",
+    "http, half a head": HEAD,
+    "http, half a body": HEAD + b"content-length: 5000\r\n\r\n" + b'{"model": "noria", ',
+    "grpc, silent": b"",
+    "grpc, half a handshake": b"PRI * HTTP/2.0\r\n\r\nSM",
+    "grpc, no settings": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+}
+
+
+class Dawdlers:
+    """Some of each kind."""
+
+    def __init__(self, url: str, address: str, each: int) -> None:
+        self._url, self._address, self._each = httpx.URL(url), address, each
+        self.opened: Counter[str] = Counter()
+        self.ended: Counter[str] = Counter()
+
+    async def run(self, seconds: float) -> None:
+        """Opens them all and holds them for at most that long; `ended` counts those that the server ended itself."""
+        async with grpc.aio.insecure_channel(self._address) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            works = [self._half(kind, said) for kind, said in HALVES.items() for _ in range(self._each)]
+            works += [self._slow_http() for _ in range(self._each)]
+            works += [self._slow_grpc(stub) for _ in range(self._each)]
+            tasks = [asyncio.create_task(work) for work in works]
+            _, late = await asyncio.wait(tasks, timeout=seconds)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _half(self, kind: str, said: bytes) -> None:
+        address = (self._url.host, self._url.port) if kind.startswith("http") else _split(self._address)
+        self.opened[kind] += 1
+        reader, writer = await asyncio.open_connection(*address)
+        try:
+            writer.write(said)
+            await _until_closed(reader)
+            self.ended[kind] += 1
+        finally:
+            writer.close()
+
+    async def _slow_http(self) -> None:
+        """A byte a second of an answer of some megabytes."""
+        kind = "http, a byte a second"
+        self.opened[kind] += 1
+        bare = socket.socket()
+        bare.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BYTES)
+        bare.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(bare, (self._url.host, self._url.port))
+        reader, writer = await asyncio.open_connection(sock=bare, limit=SMALL_BYTES)
+        body = json.dumps({**chat_body("go on", None), **LONG, "ignore_eos": True, "stream": True}).encode()
+        try:
+            writer.write(HEAD + f"content-length: {len(body)}\r\n\r\n".encode() + body)
+            while await _piece(reader, 1):
+                await asyncio.sleep(1.0)
+            self.ended[kind] += 1
+        finally:
+            writer.close()
+
+    async def _slow_grpc(self, stub: Any) -> None:
+        """Reads the first piece of an answer and makes no more room in HTTP/2's window."""
+        kind = "grpc, stops reading"
+        self.opened[kind] += 1
+        call = stub.StreamChatCompletion(chat_request("go on", None, **LONG, extra={"ignore_eos": True}))
+        try:
+            await call.read()
+            while not call.done():
+                await asyncio.sleep(0.5)
+            self.ended[kind] += 1
+        finally:
+            call.cancel()
+
+
+async def _until_closed(reader: asyncio.StreamReader) -> None:
+    while await _piece(reader, 4096):
+        pass
+
+
+async def _piece(reader: asyncio.StreamReader, most: int) -> bytes:
+    try:
+        return await reader.read(most)
+    except ConnectionError:
+        return b""
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
