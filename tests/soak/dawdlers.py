@@ -35,7 +35,9 @@ HALVES = {
 class Dawdlers:
     """Some of each kind."""
 
-    def __init__(self, url: str, address: str, each: int) -> None:
+    def __init__(self, url: str, address: str, each: int, hold_s: float) -> None:
+        """`hold_s` is how long a gRPC reader takes nothing; it then looks whether its call has been ended."""
+        self._hold_s = hold_s
         self._url, self._address, self._each = httpx.URL(url), address, each
         self.opened: Counter[str] = Counter()
         self.ended: Counter[str] = Counter()
@@ -76,7 +78,7 @@ class Dawdlers:
         body = json.dumps({**chat_body("go on", None), **LONG, "ignore_eos": True, "stream": True}).encode()
         try:
             writer.write(HEAD + f"content-length: {len(body)}\r\n\r\n".encode() + body)
-            while await _piece(reader, 1):
+            while await _piece(reader, 1):  # noqa: ASYNC110  the slowness is the point
                 await asyncio.sleep(1.0)
             self.ended[kind] += 1
         finally:
@@ -89,9 +91,12 @@ class Dawdlers:
         call = stub.StreamChatCompletion(chat_request("go on", None, **LONG, extra={"ignore_eos": True}))
         try:
             await call.read()
-            while not call.done():
-                await asyncio.sleep(0.5)
-            self.ended[kind] += 1
+            await asyncio.sleep(self._hold_s)
+            try:
+                async for _ in call:  # what had come by then
+                    pass
+            except grpc.aio.AioRpcError as error:
+                self.ended[kind] += error.code() is grpc.StatusCode.UNAVAILABLE
         finally:
             call.cancel()
 

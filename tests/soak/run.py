@@ -72,7 +72,7 @@ async def _soak(server: Server, plan: Plan) -> Json:
     kept = await _stored(server.url, crowd.tag)
     first = list(watch.samples)
     alone = Crowd(server.url, server.grpc, plan.among, f"{crowd.tag}-among")
-    dawdlers = Dawdlers(server.url, server.grpc, plan.dawdlers)
+    dawdlers = Dawdlers(server.url, server.grpc, plan.dawdlers, 2 * plan.stalled_s)
     await asyncio.gather(alone.run(plan.dawdle_s), dawdlers.run(plan.dawdle_s))
     status_after = await _settled(server.url)
     second = watch.samples[len(first) :]
