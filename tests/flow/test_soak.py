@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.servers import publish_tiny, start_server
 from tests.soak.run import Plan, soak
 
-PLAN = Plan(clients=8, seconds=5.0, dawdlers=2, head_s=1.0, stalled_s=2.0, among=2)
+PLAN = Plan(clients=8, seconds=5.0, dawdlers=4, head_s=1.0, stalled_s=2.0, among=2)
 
 
 def test_a_short_soak_keeps_its_promises(tmp_path: Path) -> None:

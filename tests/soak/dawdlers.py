@@ -1,12 +1,14 @@
 """Clients that hold connections and do nothing useful with them.
 
-Comes in: the addresses of a server. Goes out: how many connections were opened, and how many the server has ended.
+Comes in: the addresses of a server. Goes out: how many connections were opened, and how many were told of their end
+(one that reads a byte a second learns of it when it has read all that was on its way).
 Slow readers take a byte a second; the half-open say nothing, half a head, half a body, half a handshake.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 from collections import Counter
@@ -32,6 +34,9 @@ HALVES = {
 }
 
 
+SLOW = "http, a byte a second"
+
+
 class Dawdlers:
     """Some of each kind."""
 
@@ -42,16 +47,16 @@ class Dawdlers:
         self.opened: Counter[str] = Counter()
         self.ended: Counter[str] = Counter()
 
-    async def run(self, seconds: float) -> None:
-        """Opens them all and holds them for at most that long; `ended` counts those that the server ended itself."""
+    async def run(self, released: asyncio.Event) -> None:
+        """Opens them all and holds them until they are released; `ended` counts those that the server ended before."""
         async with grpc.aio.insecure_channel(self._address) as channel:
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
             works = [self._half(kind, said) for kind, said in HALVES.items() for _ in range(self._each)]
             works += [self._slow_http() for _ in range(self._each)]
             works += [self._slow_grpc(stub) for _ in range(self._each)]
             tasks = [asyncio.create_task(work) for work in works]
-            _, late = await asyncio.wait(tasks, timeout=seconds)
-            for task in late:
+            await released.wait()
+            for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -68,7 +73,7 @@ class Dawdlers:
 
     async def _slow_http(self) -> None:
         """A byte a second of an answer of some megabytes."""
-        kind = "http, a byte a second"
+        kind = SLOW
         self.opened[kind] += 1
         bare = socket.socket()
         bare.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BYTES)
@@ -92,11 +97,10 @@ class Dawdlers:
         try:
             await call.read()
             await asyncio.sleep(self._hold_s)
-            try:
-                async for _ in call:  # what had come by then
+            with contextlib.suppress(grpc.aio.AioRpcError):  # UNAVAILABLE, or the whole answer was on its way
+                async for _ in call:
                     pass
-            except grpc.aio.AioRpcError as error:
-                self.ended[kind] += error.code() is grpc.StatusCode.UNAVAILABLE
+            self.ended[kind] += 1
         finally:
             call.cancel()
 
