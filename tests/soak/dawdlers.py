@@ -60,6 +60,13 @@ class Dawdlers:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def told(self, most_s: float) -> None:
+        """Returns when all that can be told of their end have been, or after a while."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(most_s):
+                while any(self.ended[kind] < n for kind, n in self.opened.items() if kind != SLOW):  # noqa: ASYNC110
+                    await asyncio.sleep(0.2)
+
     async def _half(self, kind: str, said: bytes) -> None:
         address = (self._url.host, self._url.port) if kind.startswith("http") else _split(self._address)
         self.opened[kind] += 1

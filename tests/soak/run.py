@@ -80,6 +80,7 @@ async def _soak(server: Server, plan: Plan) -> Json:
     await alone.run(plan.dawdle_s)
     status_after = await _settled(server.url)
     left = await _sockets_left(server.process.pid, before)  # while those who were not hung up on still hold theirs
+    await dawdlers.told(SETTLE_S)
     released.set()
     await dawdling
     second = watch.samples[len(first) :]
