@@ -31,7 +31,7 @@ def read_architecture(checkpoint: Path) -> Architecture:
 
 def load_processor(checkpoint: Path) -> Any:
     """The checkpoint's processor: chat template, tokenizer, pictures."""
-    return transformers.AutoProcessor.from_pretrained(  # nosec B615 - a folder
+    return transformers.AutoProcessor.from_pretrained(  # nosec B615
         checkpoint, trust_remote_code=False, local_files_only=True
     )
 
