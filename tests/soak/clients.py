@@ -98,7 +98,7 @@ async def _over_http(http: httpx.AsyncClient, body: dict[str, Any], got: Got) ->
             elif line.startswith("data: "):
                 chunk = json.loads(line[6:])
                 if "error" in chunk:
-                    return str(chunk["error"].get("code"))
+                    return f"cut off: {chunk['error'].get('code')}"
                 id_ = chunk["id"]
                 tokens = (chunk.get("usage") or {}).get("completion_tokens") or tokens
     return _noted(got, id_, tokens, done)
@@ -110,7 +110,8 @@ async def _over_grpc(stub: Any, request: Any, got: Got) -> str:
         async for chunk in stub.StreamChatCompletion(request, timeout=ANSWER_S):
             id_, tokens = chunk.id, chunk.usage.completion_tokens or tokens
     except grpc.aio.AioRpcError as error:
-        return str(error.code().name)
+        name = str(error.code().name)
+        return f"cut off: {name}" if id_ else name  # once it has begun, no refusal is honest
     return _noted(got, id_, tokens, bool(tokens))
 
 
