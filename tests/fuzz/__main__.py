@@ -70,6 +70,7 @@ def fuzz(at: Target, requests: int, seed: int, limit_s: float, console: Console)
         if not warm[0] and tally.sent >= WARM_SHARE * requests:
             warm = _memory(at.pid)
         console.print(f"{tally.sent} sent, {tally.failed} failed, {_memory(at.pid)[0]:.0f} MiB", style="dim")
+    asyncio.run(sender.send(list(tally.gave_way), tally, alone=True))
     took_s, after = time.monotonic() - began, _memory(at.pid)
     good = [door.chat("still there?", max_tokens=4, temperature=0)["model_version"] for door in doors]
     return {

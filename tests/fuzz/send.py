@@ -29,12 +29,17 @@ SHOWN = 20
 
 @dataclass
 class Tally:
-    """How many of each kind were answered how; `failures` are the first few that fail the server."""
+    """How many of each kind were answered how; `failures` are the first few that fail the server.
+
+    `gave_way` are groups of samples that had no answer in time: they stand behind users by design, and here are users
+    all the time. They are to be sent again when nobody else is there.
+    """
 
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     failures: list[str] = field(default_factory=list)
     failed: int = 0
     slowest_s: float = 0.0
+    gave_way: list[Case] = field(default_factory=list)
 
     @property
     def sent(self) -> int:
@@ -61,8 +66,8 @@ class Sender:
         self._url, self._address = httpx.URL(url), address
         self._key = f"Bearer {api_key}" if api_key else None
 
-    async def send(self, cases: Iterable[Case], tally: Tally) -> None:
-        """Sends them all; returns when each is answered or given up."""
+    async def send(self, cases: Iterable[Case], tally: Tally, *, alone: bool = False) -> None:
+        """Sends them all, `alone` one after the other; returns when each is answered or given up."""
         left = iter(cases)
         headers = {"authorization": self._key} if self._key else {}
         async with (
@@ -72,11 +77,11 @@ class Sender:
 
             async def one_by_one() -> None:
                 for case in left:
-                    await self._one(case, http, channel, tally)
+                    await self._one(case, http, channel, tally, alone)
 
-            await asyncio.gather(*(one_by_one() for _ in range(CONNECTIONS)))
+            await asyncio.gather(*(one_by_one() for _ in range(1 if alone else CONNECTIONS)))
 
-    async def _one(self, case: Case, http: httpx.AsyncClient, channel: Any, tally: Tally) -> None:
+    async def _one(self, case: Case, http: httpx.AsyncClient, channel: Any, tally: Tally, alone: bool) -> None:
         began = time.monotonic()
         try:
             async with asyncio.timeout(self._limit_s):
@@ -88,6 +93,9 @@ class Sender:
                     status, why = await self._ask_raw(case)
         except (TimeoutError, httpx.TimeoutException):
             status, why = "no answer", f"nothing within {self._limit_s:g} s"
+            if in_background(case) and not alone:
+                status, why = "gave way", ""
+                tally.gave_way.append(case)
         except ENDED:  # the server ended the connection, as it may when the client sends nonsense
             status, why = "closed", ""
         except httpx.TransportError as error:
@@ -126,6 +134,13 @@ class Sender:
             status = said[9:12].decode()
             return status, ("a server error" if status[0] == "5" and int(status) not in HONEST_5XX else "")
         return "closed", ""
+
+
+def in_background(case: Case) -> bool:
+    """Whether it asks for samples."""
+    return (isinstance(case, HttpCase) and case.path == "/noria/v1/samples") or (
+        isinstance(case, GrpcCase) and case.method.endswith("/SampleGroup")
+    )
 
 
 async def _ask_http(http: httpx.AsyncClient, case: HttpCase) -> tuple[str, str]:

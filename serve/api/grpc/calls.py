@@ -19,6 +19,7 @@ from noria.errors import NoriaError, Unauthenticated, Unavailable, openai_body, 
 from serve.api.errors import check_key, internal
 
 ERROR_KEY = "noria-error-bin"
+MOST_MESSAGE_BYTES, MOST_PARAM_BYTES = 800, 200  # percent-encoded and in JSON they may be nine times as long
 VERSION_KEY = "x-noria-model-version"
 OPEN_METHODS = ("/grpc.health.v1.Health/",)  # probes carry no key, as GET /health carries none
 
@@ -27,9 +28,23 @@ log = logging.getLogger(__name__)
 
 async def abort(context: Any, error: NoriaError) -> None:
     """Ends the call with the error's status."""
-    details = json.dumps(openai_body(error)).encode()
+    body = openai_body(error)
+    message = body["error"]["message"] = shortened(error.message, MOST_MESSAGE_BYTES)
+    if error.param is not None:
+        body["error"]["param"] = shortened(error.param, MOST_PARAM_BYTES)
+    details = json.dumps(body, ensure_ascii=False).encode(errors="replace")
     code = grpc.StatusCode[wire_of(error).grpc_status]
-    await context.abort(code, error.message, trailing_metadata=((ERROR_KEY, details),))
+    await context.abort(code, message, trailing_metadata=((ERROR_KEY, details),))
+
+
+def shortened(text: str, most_bytes: int) -> str:
+    """The text, cut in its middle where it is longer: a caller refuses metadata of more than 8 KiB, and with it learns
+    nothing of why."""
+    data = text.encode(errors="replace")
+    if len(data) <= most_bytes:
+        return text
+    half = most_bytes // 2
+    return f"{data[:half].decode(errors='ignore')} [..] {data[-half:].decode(errors='ignore')}"
 
 
 @asynccontextmanager
