@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -126,6 +127,7 @@ def main() -> int:
     asked = parser.parse_args()
     if bool(asked.url) != bool(asked.grpc):
         parser.error("--url and --grpc belong together")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that our server ends with us
     console = Console(stderr=True)
     with target(asked) as at:
         told = fuzz(at, asked.requests, asked.seed, asked.limit_s, console)

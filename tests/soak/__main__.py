@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -48,6 +49,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON, not tables")
     asked = parser.parse_args()
     plan = Plan(clients=asked.clients, seconds=asked.seconds, dawdlers=asked.dawdlers)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that our server ends with us
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         publish_tiny(home)
