@@ -6,6 +6,7 @@ Comes in: a running server on the tiny model, a `Plan`. Goes out: what was seen,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import statistics
 import time
 import uuid
@@ -84,8 +85,7 @@ async def _soak(server: Server, plan: Plan) -> Json:
     released.set()
     await dawdling
     second = watch.samples[len(first) :]
-    looking.cancel()
-    await asyncio.gather(looking, return_exceptions=True)
+    await _stopped(looking)
     lost = {id_ for got in crowd.got for id_ in got.ids} - kept
     growth = _growth([*first, *second])
     per_client = [len(got.ids) for got in crowd.got]
@@ -115,14 +115,22 @@ async def _soak(server: Server, plan: Plan) -> Json:
             "no error": not _errors(crowd.got) and not _errors(alone.got),
             "every finished answer is in the store": not lost and bool(kept),
             "sent = stored, dropped 0": capture["sent"] == capture["stored"] and not capture["dropped"],
-            "no more inside than clients": max(one.in_flight for one in first) <= plan.clients,
+            "no more inside than clients": max((one.in_flight for one in first), default=0) <= plan.clients,
             f"server's memory grows by at most {MOST_GROWTH_MIB:g} MiB": growth <= MOST_GROWTH_MIB,
             f"the slowest client gets {FAIR:g} of the median": fair >= FAIR or statistics.median(per_client) < ENOUGH,
             "dawdlers stop nobody": all(got.ids for got in alone.got),
             "dawdlers learn of their end": not {**dawdlers.opened - dawdlers.ended, SLOW: 0}.keys() - {SLOW},
+            "the status answers all the time": not watch.missed and bool(first) and bool(second),
             "no connection is left to them": left <= before + SPARE_SOCKETS,
         },
     }
+
+
+async def _stopped(looking: asyncio.Task[None]) -> None:
+    """Ends it; raises what ended it before."""
+    looking.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await looking
 
 
 async def _settled(url: str) -> Json:
@@ -196,6 +204,8 @@ def _looks(samples: Sequence[Sample]) -> Json:
 
 def _growth(samples: Sequence[Sample]) -> float:
     """MiB between the end of the warm-up and the largest look after it."""
+    if not samples:
+        return 0.0
     warm = int(len(samples) * WARM_SHARE)
     return max(one.server_mib for one in samples[warm:]) - max(one.server_mib for one in samples[: warm + 1])
 

@@ -35,22 +35,27 @@ class Sample:
 
 @dataclass
 class Watch:
-    """All looks so far."""
+    """All looks so far; `missed` are those that the server did not answer."""
 
     url: str
     pid: int
     samples: list[Sample] = field(default_factory=list)
+    missed: int = 0
 
     async def run(self) -> None:
         """Looks until it is cancelled."""
         async with httpx.AsyncClient(base_url=self.url, timeout=60) as http:
             while True:
-                self.samples.append(await self._look(http))
+                try:
+                    self.samples.append(await self._look(http))
+                except httpx.HTTPError:
+                    self.missed += 1
                 await asyncio.sleep(1.0)
 
     async def _look(self, http: httpx.AsyncClient) -> Sample:
         began = time.monotonic()
-        status = (await http.get("/noria/v1/status")).json()
+        answer = await http.get("/noria/v1/status")
+        status = answer.raise_for_status().json()
         took_s = time.monotonic() - began
         metrics = dict(METRIC.findall((await http.get("/metrics")).text))
         capture = status["capture"]
