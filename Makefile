@@ -5,7 +5,7 @@ STAMP := .venv/noria-setup.stamp
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check lint types imports rules proto-fresh docs-fresh test demo bench docs proto clean
+.PHONY: help setup check lint types imports rules proto-fresh docs-fresh test fuzz soak-clients demo bench docs proto clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,8 +38,14 @@ proto-fresh: $(STAMP)
 docs-fresh: $(STAMP)
 	$(BIN)/python -m tests.checks.papers --check
 
-test: $(STAMP) ## unit, contract and flow tests
-	$(PYTEST) tests/unit tests/contract tests/flow
+test: $(STAMP) ## unit, contract, fuzz and flow tests
+	$(PYTEST) tests/unit tests/contract tests/fuzz tests/flow
+
+fuzz: $(STAMP) ## ten thousand malformed requests over both wires of a server on the tiny model
+	$(BIN)/python -m tests.fuzz
+
+soak-clients: $(STAMP) ## 200 streaming clients for three minutes, then clients that dawdle
+	$(BIN)/python -m tests.soak
 
 demo: $(STAMP) ## the whole loop on this machine, with a table at the end
 	$(BIN)/noria demo

@@ -68,7 +68,8 @@ async def run_aside(settings: Settings, version: str | None = None) -> int:
         add_routers(app, build_sampling_router(sampling))
         front = Front(access, audit, limits, refusals, settings.input)
         tls = certificates.context if certificates else None
-        doors = Doors(front.over(TraceMiddleware(app, gate)), app.state, sock, None, server.shutdown_s, tls=tls)
+        behind = front.over(TraceMiddleware(app, gate))
+        doors = Doors(behind, app.state, sock, None, server.shutdown_s, settings.doors, tls=tls)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)
         stack.push_async_callback(sampling.close)

@@ -11,12 +11,17 @@ import logging
 import math
 import socket
 import ssl
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from prometheus_client import REGISTRY
+
 from noria.errors import SettingsError
-from noria.settings import ServerSettings
+from noria.settings import DoorSettings, ServerSettings
 from serve.tls import Https
+from serve.wires.metrics import export_ended
+from serve.wires.patience import Reason, patient
 
 logger = logging.getLogger("noria.server")
 
@@ -45,20 +50,24 @@ class Doors:
         sock: socket.socket,
         grpc_server: Any,
         shutdown_s: float,
+        limits: DoorSettings | None = None,
         *,
         tls: ssl.SSLContext | None = None,
         before_close: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """`app` is the wrapped application; `state` vLLM's, which its exception handler reads the server from.
 
-        Without a `grpc_server` there is HTTP alone; with `tls` it is HTTPS. `before_close` runs while both still take
-        calls: whoever watches the server's health learns of its end first.
+        Without a `grpc_server` there is HTTP alone; with `tls` it is HTTPS. `limits` end connections that dawdle.
+        `before_close` runs while both still take calls: whoever watches the server's health learns of its end first.
         """
         import uvicorn
         from vllm.entrypoints.launchers.launcher import NoSignalServer
 
+        self.ended: Counter[Reason] = Counter()
+        self._exported = export_ended(self.ended)
         config = uvicorn.Config(
             app,
+            http=patient(limits or DoorSettings(), self.ended),
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=math.ceil(shutdown_s),
@@ -91,6 +100,7 @@ class Doors:
         if grpc_stop is not None:
             await grpc_stop
         self._sock.close()
+        REGISTRY.unregister(self._exported)
 
     def force(self) -> None:
         """A second signal: running requests are not waited for."""

@@ -314,6 +314,7 @@ async def _doors(
         sock,
         grpc_server,
         server.shutdown_s,
+        handlers.settings.doors,
         tls=certificates.context if certificates else None,
         before_close=health.close,
     )

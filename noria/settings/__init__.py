@@ -1,5 +1,6 @@
 """The settings tree: `load_settings` reads it, `Settings` is what it becomes; the sections lie beside."""
 
+from noria.settings.doors import DoorSettings
 from noria.settings.input import ImageSettings, InputSettings
 from noria.settings.keeping import CaptureSettings, StoreSettings
 from noria.settings.limits import KeyLimits, KeyRules, LimitSettings
@@ -11,6 +12,7 @@ from noria.settings.wire import GrpcSettings, TlsSettings
 
 __all__ = [
     "CaptureSettings",
+    "DoorSettings",
     "EngineSettings",
     "GrpcSettings",
     "ImageSettings",

@@ -23,6 +23,7 @@ from pydantic_settings import (
 from noria.errors import SettingsError
 from noria.methods.grpo import policy_conflict
 from noria.methods.table import METHODS
+from noria.settings.doors import DoorSettings
 from noria.settings.input import InputSettings
 from noria.settings.keeping import CaptureSettings, StoreSettings
 from noria.settings.limits import LimitSettings
@@ -58,6 +59,7 @@ class Settings(BaseSettings):
     """NORIA_TLS_KEY: PEM file of its private key."""
     server: ServerSettings = ServerSettings()
     input: InputSettings = InputSettings()
+    doors: DoorSettings = DoorSettings()
     engine: EngineSettings = EngineSettings()
     sampling: SamplingSettings = SamplingSettings()
     limits: LimitSettings = LimitSettings()

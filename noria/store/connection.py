@@ -21,15 +21,16 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Table, create_engine, event, inspect, make_url, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DataError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from noria.errors import Conflict, SettingsError, Unavailable
+from noria.errors import Conflict, InvalidRequest, SettingsError, Unavailable
 from noria.store.tables import markers
 
 HEAD = "0005"
 BUSY_MS = 30_000
+NOT_HELD = (DataError, OverflowError, UnicodeEncodeError)  # 64-bit integers, text without NUL (PostgreSQL), UTF-8
 MIGRATIONS = Path(__file__).parent / "migrations"
 ADVISORY_LOCK = 0x6E6F726961  # "noria": PostgreSQL's lock around a migration
 _WRITE = {"noria_write": True}
@@ -192,6 +193,9 @@ def _translated() -> Iterator[None]:
     except (OperationalError, PoolTimeout) as error:
         cause = getattr(error, "orig", None) or error
         raise Unavailable(f"the store does not answer: {cause}", code="store_unavailable") from error
+    except NOT_HELD as error:
+        what = "a number is too large" if isinstance(error, OverflowError) else "a text is no UTF-8, or has NUL in it"
+        raise InvalidRequest(f"the store cannot hold what it was given: {what}") from error
 
 
 def _revision(conn: Connection) -> str | None:

@@ -15,8 +15,9 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 
-from noria.errors import NoriaError, openai_body, retry_after, wire_of
+from noria.errors import NoriaError, Unavailable, openai_body, retry_after, wire_of
 from serve.api.schemas import invalid
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class NoriaRoute(APIRoute):
                 return error_response(error)
             except RequestValidationError as error:
                 return error_response(invalid(error.errors()))
+            except ClientDisconnect:
+                return error_response(Unavailable("the client left"))  # to nobody
             except Exception as error:
                 log.exception("request_failed", extra={"path": request.url.path})
                 return error_response(internal(error))

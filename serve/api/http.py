@@ -16,11 +16,45 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from noria.errors import InvalidRequest, NotFound
 from noria.records import Json
+from serve.api.document import answers
+from serve.api.document.answers import deleted, page_of
+from serve.api.document.routes import described
 from serve.api.errors import NoriaRoute
 from serve.api.handlers import Handlers
 from serve.api.operations import ENDED
+from serve.api.schemas import (
+    FeedbackBody,
+    FeedbackPage,
+    JobBody,
+    JobPage,
+    OrderedPage,
+    Page,
+    PreferenceBody,
+    RolloutBody,
+)
 
 KEEP_ALIVE_S = 15.0
+MOST_SEQ = 2**63 - 1  # what the store and protobuf can hold
+MOST_DIGITS = 19
+EVENT: Json = {
+    "type": "object",
+    "description": "`data` is the event as JSON text: job_id, seq, at, kind, data.",
+    "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
+    "required": ["id", "event", "data"],
+}
+EVENTS: Json = {
+    "parameters": [
+        {
+            "name": name,
+            "in": place,
+            "required": False,
+            "description": "The `id` of the last event that came; those after it follow.",
+            "schema": {"type": "integer", "minimum": 0, "maximum": MOST_SEQ},
+        }
+        for name, place in (("Last-Event-ID", "header"), ("after", "query"))
+    ],
+    "responses": {"200": {"content": {"text/event-stream": {"schema": EVENT}}}},
+}
 
 
 def build_router(handlers: Handlers) -> APIRouter:
@@ -34,70 +68,74 @@ def build_router(handlers: Handlers) -> APIRouter:
 
 
 def _add_judgements(router: APIRouter, handlers: Handlers) -> None:
-    @router.post("/preferences", status_code=201)
+    @router.post(
+        "/preferences",
+        status_code=201,
+        **described({201: answers.Preference, 200: answers.Preference}, 404, 408, body=PreferenceBody),
+    )
     async def record_preference(request: Request) -> JSONResponse:
         """Stores a preference: 201, or 200 with the earlier one when the annotator said the same before."""
         preference, created = await handlers.record_preference(await body_of(request))
         return JSONResponse(preference, status_code=201 if created else 200)
 
-    @router.get("/preferences")
+    @router.get("/preferences", **described({200: page_of(answers.Preference)}, 404, query=OrderedPage))
     async def list_preferences(request: Request) -> Json:
         """A page of preferences."""
         return await handlers.list_preferences(dict(request.query_params))
 
-    @router.get("/preferences/{preference_id}")
+    @router.get("/preferences/{preference_id}", **described({200: answers.Preference}, 404))
     async def get_preference(preference_id: str) -> Json:
         """One preference."""
         return await handlers.get_preference(preference_id)
 
-    @router.delete("/preferences/{preference_id}")
+    @router.delete("/preferences/{preference_id}", **described({200: deleted("preference.deleted")}, 404))
     async def delete_preference(preference_id: str) -> Json:
         """Deletes a preference."""
         return await handlers.delete_preference(preference_id)
 
-    @router.post("/feedback", status_code=201)
+    @router.post("/feedback", status_code=201, **described({201: answers.Feedback}, 404, 408, body=FeedbackBody))
     async def record_feedback(request: Request) -> JSONResponse:
         """Stores feedback on one choice."""
         return JSONResponse(await handlers.record_feedback(await body_of(request)), status_code=201)
 
-    @router.get("/feedback")
+    @router.get("/feedback", **described({200: page_of(answers.Feedback)}, 404, query=FeedbackPage))
     async def list_feedback(request: Request) -> Json:
         """A page of feedback."""
         return await handlers.list_feedback(dict(request.query_params))
 
-    @router.delete("/feedback/{feedback_id}")
+    @router.delete("/feedback/{feedback_id}", **described({200: deleted("feedback.deleted")}, 404))
     async def delete_feedback(feedback_id: str) -> Json:
         """Deletes a feedback."""
         return await handlers.delete_feedback(feedback_id)
 
-    @router.delete("/end_users/{user:path}")
+    @router.delete("/end_users/{user:path}", **described({200: answers.EndUserDeleted}, 404))
     async def forget_end_user(user: str) -> Json:
         """Deletes everything that one end user left."""
         return await handlers.forget_end_user(user)
 
 
 def _add_jobs(router: APIRouter, handlers: Handlers) -> None:
-    @router.post("/jobs", status_code=202)
+    @router.post("/jobs", status_code=202, **described({202: answers.Job}, 404, 408, 409, body=JobBody))
     async def create_job(request: Request) -> JSONResponse:
         """Queues a job."""
         return JSONResponse(await handlers.create_job(await body_of(request)), status_code=202)
 
-    @router.get("/jobs")
+    @router.get("/jobs", **described({200: page_of(answers.Job)}, query=JobPage))
     async def list_jobs(request: Request) -> Json:
         """A page of jobs."""
         return await handlers.list_jobs(dict(request.query_params))
 
-    @router.get("/jobs/{job_id}")
+    @router.get("/jobs/{job_id}", **described({200: answers.Job}, 404))
     async def get_job(job_id: str) -> Json:
         """One job."""
         return await handlers.get_job(job_id)
 
-    @router.post("/jobs/{job_id}/cancel")
+    @router.post("/jobs/{job_id}/cancel", **described({200: answers.Job}, 404, 409))
     async def cancel_job(job_id: str) -> Json:
         """Asks a job to stop."""
         return await handlers.cancel_job(job_id)
 
-    @router.get("/jobs/{job_id}/events")
+    @router.get("/jobs/{job_id}/events", **described({200: None, 204: None}, 404, more=EVENTS))
     async def watch_job(job_id: str, request: Request) -> Response:
         """The job's events as server-sent events; 204 when it has ended and the caller has seen them all."""
         after = last_event_id(request)
@@ -111,37 +149,37 @@ def _add_jobs(router: APIRouter, handlers: Handlers) -> None:
 
 
 def _add_versions(router: APIRouter, handlers: Handlers) -> None:
-    @router.get("/versions")
+    @router.get("/versions", **described({200: page_of(answers.Version)}, query=Page))
     async def list_versions(request: Request) -> Json:
         """A page of versions."""
         return await handlers.list_versions(dict(request.query_params))
 
-    @router.get("/versions/{version_id}")
+    @router.get("/versions/{version_id}", **described({200: answers.VersionWithManifest}, 404))
     async def get_version(version_id: str) -> Json:
         """One version with its manifest."""
         return await handlers.get_version(version_id)
 
-    @router.post("/rollouts", status_code=202)
+    @router.post("/rollouts", status_code=202, **described({202: answers.Rollout}, 404, 408, 409, body=RolloutBody))
     async def create_rollout(request: Request) -> JSONResponse:
         """Asks for a version to go live."""
         return JSONResponse(await handlers.create_rollout(await body_of(request)), status_code=202)
 
-    @router.get("/rollouts")
+    @router.get("/rollouts", **described({200: page_of(answers.Rollout)}, query=Page))
     async def list_rollouts(request: Request) -> Json:
         """A page of rollouts."""
         return await handlers.list_rollouts(dict(request.query_params))
 
-    @router.get("/rollouts/{rollout_id}")
+    @router.get("/rollouts/{rollout_id}", **described({200: answers.Rollout}, 404))
     async def get_rollout(rollout_id: str) -> Json:
         """One rollout."""
         return await handlers.get_rollout(rollout_id)
 
-    @router.post("/rollback", status_code=202)
+    @router.post("/rollback", status_code=202, **described({202: answers.Rollout}, 409))
     async def rollback() -> JSONResponse:
         """Asks for the version that was live before."""
         return JSONResponse(await handlers.rollback(), status_code=202)
 
-    @router.get("/status")
+    @router.get("/status", **described({200: answers.Status}))
     async def status() -> Json:
         """How things stand."""
         return await handlers.status()
@@ -178,8 +216,8 @@ def _add_nowhere(router: APIRouter) -> None:
 def last_event_id(request: Request) -> int:
     """Where a broken stream goes on: the `Last-Event-ID` header, or `?after=`. Raises InvalidRequest."""
     text = request.headers.get("last-event-id") or request.query_params.get("after") or "0"
-    if not text.isdecimal():
-        raise InvalidRequest(f"Last-Event-ID: {text!r} is not the id of an event", param="Last-Event-ID")
+    if not text.isdecimal() or len(text) > MOST_DIGITS or int(text) > MOST_SEQ:
+        raise InvalidRequest(f"Last-Event-ID: {text[:40]!r} is not the id of an event", param="Last-Event-ID")
     return int(text)
 
 

@@ -210,6 +210,7 @@ class GrpcDoor:
     name = "grpc"
 
     def __init__(self, address: str, api_key: str | None = None, trust: Trust | None = None) -> None:
+        self.address = address
         self.channel = (
             grpc.insecure_channel(address)
             if trust is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from noria.blobs import Blobs
 from noria.errors import NoriaError
 from noria.records import Json
 from noria.registry import ManifestDraft, Registry, fingerprint
-from noria.settings import Settings
+from noria.settings import DoorSettings, Settings
 from noria.store import Store
 from serve.access.keys import Access
 from serve.access.limits.judgements import CallerLimits
@@ -29,7 +30,7 @@ from serve.api.errors import error_response
 from serve.api.grpc.health import Health
 from serve.api.grpc.server import build_server
 from serve.api.handlers import Handlers
-from serve.api.http import build_router
+from serve.api.http import body_of, build_router
 from serve.api.openai.stored import build_stored_router
 from serve.capture.queue import CaptureQueue
 from serve.engine.middleware import TraceMiddleware
@@ -44,6 +45,7 @@ from serve.sampling.http import build_sampling_router
 from serve.sampling.service import Sampling
 from serve.sampling.turns import Turns
 from serve.tls import Https, certificates_of
+from serve.wires.patience import Reason, patient
 from tests.contract.fake_engine import FakeChat, parsed, server_sent
 from tests.contract.fake_sampling import FakeSamplingEngine
 from tests.unit.sampling.adapters import write_serving
@@ -56,7 +58,7 @@ def chat_app(chat: FakeChat, routers: Sequence[APIRouter], gate: VersionGate, fr
     @app.post("/v1/chat/completions")
     async def create(request: Request) -> Response:
         try:
-            body = parsed(await request.json())
+            body = parsed(await body_of(request))
             if body.stream:
                 await chat.look(body.messages)  # a stream's head is out before its first chunk is made
                 return StreamingResponse(server_sent(chat.chunks(body)), media_type="text/event-stream")
@@ -90,6 +92,7 @@ class FakeSystem:
         server: Json | None = None,
         limits: Json | None = None,
         input: Json | None = None,
+        doors: DoorSettings | None = None,
         **fetching: Any,
     ) -> None:
         self.home = home
@@ -98,10 +101,12 @@ class FakeSystem:
         self.limits: Limits
         keyed = {"api_key": api_key} if api_key else {}
         sections = {"server": {**keyed, **(server or {})}, "limits": limits or {}, "input": input or {}}
+        sections |= {"doors": doors.model_dump() if doors else {}}
         self._settings = Settings.model_validate({"home": home, **sections})
         self.certificates = certificates_of(self._settings.server.tls)
         self.health: Health
         self.refusals = Refusals()
+        self.ended: Counter[Reason] = Counter()
         images = self._settings.input.images
         self._door = MediaDoor(images, self.refusals, Fetcher(images, **fetching))
         home.mkdir(parents=True, exist_ok=True)
@@ -206,6 +211,7 @@ class FakeSystem:
         tls = self.certificates
         config = uvicorn.Config(
             app,
+            http=patient(self._settings.doors, self.ended),
             port=0,
             log_level="warning",
             lifespan="off",

@@ -149,7 +149,9 @@ def load_model(folder: Path, dtype: str | None = None) -> Any:
 
     on_gpu = torch.cuda.is_available()
     wanted = dtype or ("auto" if on_gpu else "float32")
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=wanted, trust_remote_code=False)
+    model: Any = AutoModelForImageTextToText.from_pretrained(  # nosec B615
+        folder, dtype=wanted, trust_remote_code=False, local_files_only=True
+    )
     return model.to("cuda" if on_gpu else "cpu").eval()
 
 
@@ -157,7 +159,7 @@ def load_processor(folder: Path) -> Any:
     """The checkpoint's processor."""
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)  # nosec B615
 
 
 def to_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -31,7 +31,9 @@ def read_architecture(checkpoint: Path) -> Architecture:
 
 def load_processor(checkpoint: Path) -> Any:
     """The checkpoint's processor: chat template, tokenizer, pictures."""
-    return transformers.AutoProcessor.from_pretrained(checkpoint)
+    return transformers.AutoProcessor.from_pretrained(  # nosec B615
+        checkpoint, trust_remote_code=False, local_files_only=True
+    )
 
 
 def training_dtype() -> torch.dtype:

@@ -95,7 +95,9 @@ def load_gptq(serving: Path, architecture: Architecture, dtype: torch.dtype) -> 
     except FileNotFoundError as error:
         raise TrainingError(f"train.base='gptq': there is no checkpoint in {serving}", code="no_base") from error
     bits, _, v1 = format_of(written.get("quantization_config") or {})
-    config = transformers.AutoConfig.from_pretrained(serving)
+    config = transformers.AutoConfig.from_pretrained(  # nosec B615
+        serving, trust_remote_code=False, local_files_only=True
+    )
     del config.quantization_config
     index = tensor_index(serving)
     with init_empty_weights(include_buffers=False):

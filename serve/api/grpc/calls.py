@@ -6,6 +6,7 @@ Must not import vllm.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
@@ -14,10 +15,11 @@ from typing import Any
 
 import grpc
 
-from noria.errors import NoriaError, openai_body, retry_after, wire_of
+from noria.errors import NoriaError, Unavailable, openai_body, retry_after, wire_of
 from serve.api.errors import internal
 
 ERROR_KEY = "noria-error-bin"
+MOST_MESSAGE_BYTES, MOST_PARAM_BYTES = 800, 200  # percent-encoded and in JSON they may be nine times as long
 RETRY_KEY = "retry-after"  # whole seconds, as HTTP's header
 VERSION_KEY = "x-noria-model-version"
 
@@ -26,11 +28,25 @@ log = logging.getLogger(__name__)
 
 async def abort(context: Any, error: NoriaError) -> None:
     """Ends the call with the error's status."""
-    details = json.dumps(openai_body(error)).encode()
+    body = openai_body(error)
+    message = body["error"]["message"] = shortened(error.message, MOST_MESSAGE_BYTES)
+    if error.param is not None:
+        body["error"]["param"] = shortened(error.param, MOST_PARAM_BYTES)
+    details = json.dumps(body, ensure_ascii=False).encode(errors="replace")
     code = grpc.StatusCode[wire_of(error).grpc_status]
     wait_s = retry_after(error)
     metadata = ((ERROR_KEY, details),) if wait_s is None else ((ERROR_KEY, details), (RETRY_KEY, wait_s))
-    await context.abort(code, error.message, trailing_metadata=metadata)
+    await context.abort(code, message, trailing_metadata=metadata)
+
+
+def shortened(text: str, most_bytes: int) -> str:
+    """The text, cut in its middle where it is longer: a caller refuses metadata of more than 8 KiB, and with it learns
+    nothing of why."""
+    data = text.encode(errors="replace")
+    if len(data) <= most_bytes:
+        return text
+    half = most_bytes // 2
+    return f"{data[:half].decode(errors='ignore')} [..] {data[-half:].decode(errors='ignore')}"
 
 
 @asynccontextmanager
@@ -45,3 +61,16 @@ async def answering(context: Any, method: str) -> AsyncIterator[None]:
     except Exception as error:
         log.exception("call_failed", extra={"method": method})
         await abort(context, internal(error))
+
+
+async def write(context: Any, message: Any, stalled_s: float) -> None:
+    """Sends one piece of a stream, unpacked: a few words grow by packing.
+
+    Raises Unavailable where the client has not made room for it in `stalled_s`.
+    """
+    context.disable_next_message_compression()
+    try:
+        async with asyncio.timeout(stalled_s):
+            await context.write(message)
+    except TimeoutError:
+        raise Unavailable(f"the client has not read on for {stalled_s:g} s", code="unread") from None

@@ -58,13 +58,16 @@ async def build_server(
     `interceptors` are the front's (`serve.front`); with `credentials` (`serve.tls`) the port speaks TLS. Raises
     SettingsError when the address is taken.
     """
-    wire = handlers.settings.server
+    wire, doors = handlers.settings.server, handlers.settings.doors
     server = grpc.aio.server(
         interceptors=list(interceptors),
-        options=connection_options(wire.grpc, wire.shutdown_s),
+        options=[
+            *connection_options(wire.grpc, wire.shutdown_s),
+            ("grpc.server_handshake_timeout_ms", int(doors.head_s * 1000)),
+        ],
         compression=COMPRESSION[wire.grpc.compression],
     )
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(Inference(chat), server)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(Inference(chat, doors.stalled_s), server)
     feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(Feedback(handlers), server)
     operator_pb2_grpc.add_OperatorServiceServicer_to_server(Operator(handlers), server)
     sampling_pb2_grpc.add_SamplingServiceServicer_to_server(SamplingServicer(sampling), server)

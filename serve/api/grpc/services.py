@@ -18,7 +18,7 @@ from noria.v1 import (
     operator_pb2_grpc,
 )
 from serve.api.chat import ChatBackend
-from serve.api.grpc.calls import VERSION_KEY, answering
+from serve.api.grpc.calls import VERSION_KEY, answering, write
 from serve.api.grpc.chat_messages import chunk, completion, request_to_openai, version_of
 from serve.api.grpc.convert import fill, to_dict
 from serve.api.handlers import Handlers
@@ -29,8 +29,9 @@ M = TypeVar("M")
 class Inference(inference_pb2_grpc.InferenceServiceServicer):
     """Chat completions."""
 
-    def __init__(self, chat: ChatBackend) -> None:
-        self._chat = chat
+    def __init__(self, chat: ChatBackend, stalled_s: float) -> None:
+        """`stalled_s` is how long a piece of an answer may wait for a client that does not read."""
+        self._chat, self._stalled_s = chat, stalled_s
 
     async def CreateChatCompletion(self, request: Any, context: Any) -> Any:
         """The whole answer."""
@@ -50,8 +51,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
                 if not named:
                     await self._name_version(context, one)
                     named = True
-                context.disable_next_message_compression()  # a few words grow by it
-                await context.write(chunk(one))
+                await write(context, chunk(one), self._stalled_s)
 
     async def _name_version(self, context: Any, answer: Json) -> None:
         metadata = ((VERSION_KEY, version_of(answer)),)
@@ -128,8 +128,7 @@ class Operator(operator_pb2_grpc.OperatorServiceServicer):
             aclosing(await self._handlers.watch_job(request.id, request.after)) as events,
         ):
             async for event in events:
-                context.disable_next_message_compression()
-                await context.write(fill(operator_pb2.JobEvent, event))
+                await write(context, fill(operator_pb2.JobEvent, event), self._handlers.settings.doors.stalled_s)
 
     async def ListVersions(self, request: Any, context: Any) -> Any:
         """GET /noria/v1/versions."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol, cast
 
 from fastapi import APIRouter, Request
+from pydantic import Field
 
 from noria.blobs import Blobs
 from noria.errors import InvalidRequest, NotFound
@@ -21,15 +22,54 @@ from noria.records import Completion, Json
 from noria.store import Store
 from serve.access.audit import Audit
 from serve.access.caller import Role, current_caller
+from serve.api.document import answers
+from serve.api.document.answers import deleted, page_of
+from serve.api.document.routes import described, json_body
 from serve.api.errors import NoriaRoute
 from serve.api.openai.shapes import completion_object, page, store_messages
-from serve.capture.chat import metadata_fault
+from serve.api.schemas import Body
+from serve.capture.chat import LONGEST_KEY, LONGEST_VALUE, MOST_PAIRS, metadata_fault
 from serve.privacy.scrub import Scrubber
 
 METADATA = re.compile(r"metadata\[(.+)\]")
 LARGEST_PAGE = 100
 READERS: frozenset[Role] = frozenset({"annotator", "operator"})
 CHANGERS: frozenset[Role] = frozenset({"operator"})
+LONGEST_NUMBER = 9  # digits; Python refuses to read thousands of them
+METADATA_SCHEMA: Json = {
+    "type": ["object", "null"],
+    "maxProperties": MOST_PAIRS,
+    "propertyNames": {"maxLength": LONGEST_KEY},
+    "additionalProperties": {"type": "string", "maxLength": LONGEST_VALUE},
+}
+METADATA_BODY = json_body({"type": "object", "properties": {"metadata": METADATA_SCHEMA}, "required": ["metadata"]})
+BY_METADATA: Json = {
+    "parameters": [
+        {
+            "name": "metadata",
+            "in": "query",
+            "required": False,
+            "style": "deepObject",
+            "explode": True,
+            "description": "Only completions with these pairs: `metadata[key]=value`.",
+            "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+        }
+    ]
+}
+
+
+class MessagesQuery(Body):
+    """How a page of messages is read, for the document; `paging` does the reading."""
+
+    after: str | None = None
+    limit: int = Field(20, ge=1, le=LARGEST_PAGE)
+    order: Literal["asc", "desc"] = "asc"
+
+
+class StoredQuery(MessagesQuery):
+    """The same for completions, also of one model only."""
+
+    model: str | None = None
 
 
 class Flushes(Protocol):
@@ -43,7 +83,7 @@ def build_stored_router(store: Store, blobs: Blobs, capture: Flushes, audit: Aud
     """The five routes, for vLLM's application; `scrubber` cuts metadata to what may be kept."""
     router = APIRouter(prefix="/v1/chat/completions", route_class=NoriaRoute, tags=["stored completions"])
 
-    @router.get("")
+    @router.get("", **described({200: page_of(answers.StoredCompletion)}, 404, query=StoredQuery, more=BY_METADATA))
     async def list_completions(request: Request) -> Json:
         """A page of stored completions, filtered by model and metadata."""
         query = request.query_params
@@ -60,19 +100,21 @@ def build_stored_router(store: Store, blobs: Blobs, capture: Flushes, audit: Aud
         )
         return page([completion_object(one) for one in found], limit)
 
-    @router.get("/{completion_id}")
+    @router.get("/{completion_id}", **described({200: answers.StoredCompletion}, 404))
     async def get_completion(completion_id: str) -> Json:
         """One stored completion."""
         return completion_object(await _read(store, capture, completion_id))
 
-    @router.post("/{completion_id}")
+    @router.post(
+        "/{completion_id}", **described({200: answers.StoredCompletion}, 404, 408, more={"requestBody": METADATA_BODY})
+    )
     async def update_completion(completion_id: str, request: Request) -> Json:
         """Replaces the metadata; nothing else can be changed."""
         metadata = await asyncio.to_thread(scrubber.metadata, await _metadata_of(request))
         await _read(store, capture, completion_id, CHANGERS)
         return completion_object(await asyncio.to_thread(store.set_completion_metadata, completion_id, metadata))
 
-    @router.delete("/{completion_id}")
+    @router.delete("/{completion_id}", **described({200: deleted("chat.completion.deleted")}, 404))
     async def delete_completion(completion_id: str) -> Json:
         """Deletes one, with its judgements and the pictures that no other shows."""
         async with audit.action("delete_completion", completion_id):
@@ -81,7 +123,10 @@ def build_stored_router(store: Store, blobs: Blobs, capture: Flushes, audit: Aud
             await asyncio.to_thread(store.drop_pictures, pictures, blobs.delete)
         return {"object": "chat.completion.deleted", "id": completion_id, "deleted": True}
 
-    @router.get("/{completion_id}/messages")
+    @router.get(
+        "/{completion_id}/messages",
+        **described({200: page_of(answers.StoredMessage)}, 404, query=MessagesQuery),
+    )
     async def list_messages(completion_id: str, request: Request) -> Json:
         """A page of the messages that the request held, pictures as data URLs."""
         limit, order = paging(request.query_params)
@@ -118,7 +163,7 @@ def messages_page(completion: Completion, blobs: Blobs, after: str | None, limit
 def paging(query: Mapping[str, str]) -> tuple[int, Literal["asc", "desc"]]:
     """`limit` (1 to 100, 20 unless told) and `order` (asc unless told). Raises InvalidRequest."""
     limit, order = query.get("limit", "20"), query.get("order", "asc")
-    if not limit.isdecimal() or not 1 <= int(limit) <= LARGEST_PAGE:
+    if not limit.isdecimal() or len(limit) > LONGEST_NUMBER or not 1 <= int(limit) <= LARGEST_PAGE:
         raise InvalidRequest(f"limit={limit!r} is not a number from 1 to {LARGEST_PAGE}", param="limit")
     if order not in ("asc", "desc"):
         raise InvalidRequest(f"order={order!r} is neither 'asc' nor 'desc'", param="order")

@@ -1,0 +1,1 @@
+"""What guards the connections of both wires, below the requests."""
