@@ -23,13 +23,13 @@ from pydantic_settings import (
 from noria.errors import SettingsError
 from noria.methods.grpo import policy_conflict
 from noria.methods.table import METHODS
-from noria.settings.doors import DoorSettings
 from noria.settings.input import InputSettings
 from noria.settings.keeping import CaptureSettings, StoreSettings
 from noria.settings.limits import LimitSettings
 from noria.settings.privacy import PrivacySettings
 from noria.settings.serving import EngineSettings, ReleaseSettings, SamplingSettings, ServerSettings
 from noria.settings.training import TrainSettings
+from noria.settings.wire import DoorSettings
 from noria.tls import Trust
 
 

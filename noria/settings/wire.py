@@ -67,3 +67,19 @@ class GrpcSettings(Section):
     max_connection_age_s: float | None = Field(None, ge=1)
     """Age at which a client is asked to connect anew, in seconds, so that load spreads over new servers; none is never.
     Calls that run may go on for `server.shutdown_s`."""
+
+
+class DoorSettings(Section):
+    """What a slow or silent client may cost, on both wires."""
+
+    head_s: float = Field(20.0, gt=0)
+    """Longest time from a connection, or from the first byte of a request on one that is kept open, to the end of the
+    request's headers, in seconds. On gRPC: to the end of the handshake."""
+    body_window_s: float = Field(20.0, gt=0)
+    """While a body is awaited, this many seconds must not pass with less than `body_bytes_per_s` on average."""
+    body_bytes_per_s: int = Field(1024, ge=1)
+    """The slowest pace at which a body may arrive, in bytes per second."""
+    stalled_s: float = Field(60.0, gt=0)
+    """How long an answer may wait for a client that does not read on, in seconds; then the connection ends."""
+    connections: int = Field(4096, ge=1)
+    """Most open HTTP connections; one more is answered with 503 and closed."""

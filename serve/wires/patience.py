@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from noria.settings.doors import DoorSettings
+from noria.settings.wire import DoorSettings
 
 MOST_HEAD_BYTES = 64 * 1024  # llhttp has no limit of its own
 Reason = Literal["head_late", "head_large", "body_slow", "unread", "too_many"]
