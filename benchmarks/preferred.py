@@ -133,8 +133,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("benchmark-preferred"), help="where picture and JSON go")
     parser.add_argument("--pairs", type=int, default=200, help="preferences to record (default 200)")
     parser.add_argument("--steps", type=int, default=25, help="GRPO's updates (default 25)")
-    parser.add_argument("--rate", type=float, default=1e-4, help="GRPO's learning rate (default 1e-4)")
-    parser.add_argument("--beta", type=float, default=0.04, help="weight of GRPO's KL to v1 (default 0.04)")
+    parser.add_argument("--rate", type=float, default=2e-4, help="GRPO's learning rate (default 2e-4)")
+    parser.add_argument("--beta", type=float, default=0.02, help="weight of GRPO's KL to v1 (default 0.02)")
     parser.add_argument(
         "--state", choices=("last", "mean", "both"), default="last", help="what the reward's head reads"
     )
