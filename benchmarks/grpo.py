@@ -134,7 +134,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("benchmark-grpo"), help="where picture and JSON go")
     parser.add_argument("--kind", choices=DRAWN_KINDS, help="the kind of questions; default: v1's weakest")
     parser.add_argument("--each", type=int, default=200, help="held-out questions of a kind (default 200)")
-    parser.add_argument("--steps", type=int, default=40, help="updates (default 40)")
+    parser.add_argument("--steps", type=int, default=25, help="updates (default 25)")
     parser.add_argument("--prompts", type=int, default=8, help="prompts in an update (default 8)")
     parser.add_argument("--group", type=int, default=16, help="answers to a prompt (default 16)")
     parser.add_argument("--tokens", type=int, default=8, help="longest answer, in tokens (default 8)")

@@ -65,7 +65,7 @@ def follow(noria: NoriaClient, method: str, settings: dict[str, object]) -> Trai
     updates: list[dict[str, float]] = []
     stages: list[tuple[str, float]] = []
     for event in noria.watch_job(job["id"]):
-        if event["kind"] == "stage":
+        if event["kind"] == "stage" and not event["data"].get("finished"):
             stages.append((event["data"]["stage"], event["at"]))
         if event["kind"] == "metrics" and "loss" in event["data"]:
             updates.append(event["data"])

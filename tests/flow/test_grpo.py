@@ -154,7 +154,7 @@ def test_the_server_is_killed_in_mid_group_and_comes_back_elsewhere(home: Path) 
 
 DAEMON = {
     "NORIA_TRAIN__POLICY__AUTOMATIC": "false",
-    "NORIA_TRAIN__LEASE_S": "2",
+    "NORIA_TRAIN__LEASE_S": "5",
     "NORIA_TRAIN__POLL_S": "0.1",
     "NORIA_TRAIN__VERIFY__MAX_KL": "5",
     "NORIA_TRAIN__VERIFY__SAMPLES": "4",
