@@ -45,7 +45,7 @@ class InvalidRequest(NoriaError):
 
 
 class TooLarge(NoriaError):
-    """A request's body has more bytes than the server takes (`input.max_body_bytes`). Raised before it is read."""
+    """A body is larger than `input.max_body_bytes` or `limits.body_bytes_in_flight`. Raised before it is read."""
 
     code = "request_too_large"
 

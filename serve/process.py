@@ -220,9 +220,8 @@ async def certified(server: ServerSettings) -> AsyncIterator[Certificates | None
 
 def addresses(server: ServerSettings, http_port: int, grpc_port: int | None = None) -> Json:
     """`url`, and `grpc` where it listens: where clients on this machine find the two wires."""
-    host = server.tls.name if server.tls.on and server.tls.name else reachable(server.host)
-    found = {"url": f"{'https' if server.tls.on else 'http'}://{host}:{http_port}"}
-    return found if grpc_port is None else {**found, "grpc": f"{host}:{grpc_port}"}
+    found = {"url": server.url_here(http_port)}
+    return found if grpc_port is None else {**found, "grpc": f"{server.host_here()}:{grpc_port}"}
 
 
 @asynccontextmanager
@@ -331,9 +330,3 @@ def counted_refusals() -> Iterator[Refusals]:
         yield refusals
     finally:
         REGISTRY.unregister(refusals)
-
-
-def reachable(host: str) -> str:
-    """The address as a client on this machine writes it."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  compared, not bound
-    return f"[{host}]" if ":" in host else host

@@ -55,7 +55,7 @@ class Place:
 
         settings = self.settings()
         running = None if settings.url else live_server(settings.home)
-        url = settings.url or (str(running["url"]) if running else f"http://127.0.0.1:{settings.server.http_port}")
+        url = settings.url or (str(running["url"]) if running else settings.server.url_here(settings.server.http_port))
         return NoriaClient(url, api_key=settings.shown_key, trust=settings.trust)
 
     def ask(self, server: Callable[[NoriaClient], Any], store: Callable[[Store], Any]) -> Any:

@@ -20,7 +20,7 @@ def json_or_raise(response: httpx.Response) -> Json:
     except ValueError:
         body = {}
     if response.is_error:
-        raise error_of(response.status_code, body)
+        raise error_of(response.status_code, body, response.headers.get("retry-after"))
     if not isinstance(body, dict) or (not body and response.content):
         raise Unavailable(f"{response.request.url} answered {response.status_code} without JSON: is it a Noria server?")
     return body
@@ -35,8 +35,11 @@ def unreachable(url: str, error: httpx.HTTPError) -> Unavailable:
     return Unavailable(f"the server at {url} {what} ({error or type(error).__name__}); {advice}")
 
 
-def error_of(status: int, body: Any) -> NoriaError:
-    """The NoriaError that an error body tells of: by its `type` in the table, else by the HTTP status."""
+def error_of(status: int, body: Any, retry_after: str | None = None) -> NoriaError:
+    """The NoriaError that an error body tells of: by its `type` in the table, else by the HTTP status.
+
+    `retry_after` is the header's text; a date in it (RFC 9110 allows one, Noria sends none) is left out.
+    """
     said = body.get("error") if isinstance(body, dict) else None
     said = said if isinstance(said, dict) else {}
     message = str(said.get("message") or f"the server answered {status}")
@@ -46,4 +49,5 @@ def error_of(status: int, body: Any) -> NoriaError:
     rows = rows or [Unavailable if status in (502, 504) else NoriaError]
     # Two classes may share a row's words: the code tells them apart. Without one, settings are the least likely.
     rows.sort(key=lambda cls: (cls.code != code, cls is SettingsError))
-    return rows[0](message, param=param, code=str(code) if code else None)
+    wait_s = float(retry_after) if retry_after is not None and retry_after.isdecimal() else None
+    return rows[0](message, param=param, code=str(code) if code else None, retry_after_s=wait_s)

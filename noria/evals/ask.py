@@ -21,6 +21,7 @@ from noria.records import Json
 from noria.tls import Trust
 
 PAUSES_S = (1.0, 4.0)  # before the second and the third try of a request that found nobody
+LONGEST_WAIT_S = 60.0  # a server that asks for more has to be asked again by whoever started the evaluation
 TIMEOUT_S = 600.0  # one answer, its wait in the queue included
 
 
@@ -101,12 +102,15 @@ def _ask(client: httpx.Client, target: Target, question: Question, sampling: Jso
 
 
 def _post(client: httpx.Client, body: Json) -> Json:
-    """The answer's JSON; nobody there, and 5xx, are tried twice more. Raises the NoriaError that came back."""
+    """The answer's JSON; nobody there, 5xx and 429 are tried twice more, in time. Raises the NoriaError they gave."""
     for pause_s in PAUSES_S:
         try:
             return _once(client, body)
-        except Unavailable:
-            time.sleep(pause_s)
+        except Unavailable as error:
+            wait_s = error.retry_after_s or 0.0
+            if wait_s > LONGEST_WAIT_S:
+                raise
+            time.sleep(max(pause_s, wait_s))
     return _once(client, body)
 
 
@@ -122,6 +126,6 @@ def _once(client: httpx.Client, body: Json) -> Json:
         answer = {}
     if response.is_success and isinstance(answer, dict):
         return answer
-    refusal = error_of(response.status_code, answer)
+    refusal = error_of(response.status_code, answer, response.headers.get("retry-after"))
     busy = response.status_code >= 500 or response.status_code == 429
-    raise Unavailable(refusal.message, code=refusal.code) if busy else refusal
+    raise Unavailable(refusal.message, code=refusal.code, retry_after_s=refusal.retry_after_s) if busy else refusal

@@ -123,7 +123,7 @@ class HttpPlace:
         except ValueError:
             said = {}
         if answer.is_error:
-            raise error_of(answer.status_code, said)
+            raise error_of(answer.status_code, said, answer.headers.get("retry-after"))
         if not isinstance(said, dict) or not said:
             raise Unavailable(f"{self.address} answered {answer.status_code} without JSON: is it a Noria server?")
         return said
@@ -192,9 +192,10 @@ class GrpcPlace:
             raise self._error_of(error) from error
 
     def _error_of(self, error: Any) -> NoriaError:
-        told = dict(error.trailing_metadata() or ()).get("noria-error-bin")
+        trailing = dict(error.trailing_metadata() or ())
+        told = trailing.get("noria-error-bin")
         if told is not None:
-            return error_of(0, json.loads(told))
+            return error_of(0, json.loads(told), trailing.get("retry-after"))
         code = error.code().name
         if code == "RESOURCE_EXHAUSTED":  # gRPC's own word for a message over its limit: no other try would help
             return InvalidRequest(f"{self.address} takes no such message: {error.details()}", param="messages")

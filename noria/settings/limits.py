@@ -65,8 +65,6 @@ class LimitSettings(Section):
     engine runs at once."""
     body_bytes_in_flight: int = Field(512 * 2**20, ge=2**20)
     """Bytes of request bodies that the server holds at once; past it 503."""
-    body_s: float = Field(60.0, gt=0)
-    """How long the body of an HTTP request may take to arrive, in seconds; uploads of adapters are not meant."""
 
     def rules_of(self, name: str, roles: Iterable[str]) -> KeyRules:
         """What holds for the key of that name: its own words, else the best of its roles, else every key's."""

@@ -36,6 +36,17 @@ class ServerSettings(Section):
     tls: TlsSettings = TlsSettings()
     grpc: GrpcSettings = GrpcSettings()
 
+    def host_here(self) -> str:
+        """The host as a client on this machine writes it."""
+        if self.tls.on and self.tls.name:
+            return self.tls.name
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104  compared, not bound
+        return f"[{host}]" if ":" in host else host
+
+    def url_here(self, http_port: int) -> str:
+        """The server's URL for a client on this machine."""
+        return f"{'https' if self.tls.on else 'http'}://{self.host_here()}:{http_port}"
+
 
 class EngineSettings(Section):
     """What vLLM is started with."""

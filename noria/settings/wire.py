@@ -77,7 +77,7 @@ class DoorSettings(Section):
     request's headers, in seconds. On gRPC: to the end of the handshake."""
     body_window_s: float = Field(20.0, gt=0)
     """While a body is awaited, this many seconds must not pass with less than `body_bytes_per_s` on average."""
-    body_bytes_per_s: int = Field(1024, ge=1)
+    body_bytes_per_s: int = Field(8192, ge=1)
     """The slowest pace at which a body may arrive, in bytes per second."""
     stalled_s: float = Field(60.0, gt=0)
     """How long an answer may wait for a client that does not read on, in seconds; then the connection ends."""

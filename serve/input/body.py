@@ -20,13 +20,13 @@ COMMA, BRACKET, BRACE = 0x2C, 0x5B, 0x7B
 
 
 def read_body(data: bytes, limits: InputSettings) -> Any:
-    """The body's values. Raises Fault."""
+    """The values of a body, or of a JSON text in a message. Raises Fault."""
     if len(data) > COUNTED_FROM:
         _check_branches(data, limits)
     try:
         value = jiter.from_json(data, allow_inf_nan=False, catch_duplicate_keys=True)
     except ValueError as error:
-        raise Fault("body_json", f"the body is not JSON: {error}", ()) from error
+        raise Fault("body_json", f"this is not JSON: {error}", ()) from error
     check_tree(value, limits)
     return value
 

@@ -17,8 +17,9 @@ from google.protobuf.message import DecodeError
 from noria.records import Json
 from noria.settings import InputSettings
 from serve.api.grpc.calls import abort
-from serve.api.grpc.chat_messages import messages_to_openai
+from serve.api.grpc.chat_messages import JSON_TEXTS, messages_to_openai
 from serve.api.grpc.convert import to_dict
+from serve.input.body import read_body
 from serve.input.intake import Intake, current_intake
 from serve.input.refusals import InputRefused, Refusals
 from serve.input.tree import Fault, check_tree
@@ -88,6 +89,7 @@ class InputInterceptor(grpc.aio.ServerInterceptor):
         values = to_dict(request)
         try:
             check_tree(values, self._limits)
+            _check_texts(values, self._limits)
         except Fault as fault:
             await abort(context, self._refusals.refuse(fault.reason, str(fault), fault.param))
         current_intake.set(Intake(lambda: _as_on_http(request, values)))
@@ -95,6 +97,15 @@ class InputInterceptor(grpc.aio.ServerInterceptor):
     def _unreadable(self) -> InputRefused:
         said = "the message cannot be read: it is broken, or nests deeper than protobuf reads (100 messages)"
         return self._refusals.refuse("body_protobuf", said, "body")
+
+
+def _check_texts(values: Json, limits: InputSettings) -> None:
+    """What JSON texts hold goes where an HTTP body's values go: the same is let in. Raises Fault."""
+    for name in (f"{field}_json" for field in JSON_TEXTS if f"{field}_json" in values):
+        try:
+            read_body(values[name].encode(), limits)
+        except Fault as fault:
+            raise Fault(fault.reason, f"{name}: {fault}", (name,)) from fault
 
 
 def _as_on_http(request: Any, values: Json) -> Json:

@@ -151,6 +151,28 @@ def test_numbers_that_are_none_are_refused(system: System) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("[" * 200 + "]" * 200, "body_depth"),
+        ('{"logit_bias":{"1":1,"1":2}}', "body_json"),
+        ('{"min_p":NaN}', "body_json"),
+        ('{"user_text":"\\u0000"}', "body_text"),
+        ('{"top":18446744073709551616}', "body_number"),
+    ],
+)
+def test_a_json_text_in_a_message_is_looked_over_as_a_body_is(system: System, text: str, code: str) -> None:
+    headers = {"content-type": "application/json"}
+    answer = system.http.client.post("/v1/chat/completions", content=text, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
+    _, request = shown_at(data_url(encoded(noise(), "PNG")))
+    request.extra_json = text
+    with pytest.raises(grpc.RpcError) as error:
+        system.grpc.inference.CreateChatCompletion(request, timeout=60)
+    said = refused(error.value)
+    assert (said.status, said.code, said.param) == ("INVALID_ARGUMENT", code, "extra_json")
+
+
+@pytest.mark.parametrize(
     "message",
     [
         b"\xff" * 50,

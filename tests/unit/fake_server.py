@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from noria.errors import NoriaError, NotFound, openai_body, wire_of
+from noria.errors import NoriaError, NotFound, openai_body, retry_after, wire_of
 from noria.records import Json
 
 Answer = Mapping[str, Any] | NoriaError | list[Any]
@@ -60,13 +60,15 @@ class _Handler(BaseHTTPRequestHandler):
         if path.endswith("/events") and not isinstance(answer, NoriaError):
             self._events(answer["events"])
         elif isinstance(answer, NoriaError):
-            self._send(wire_of(answer).http_status, openai_body(answer))
+            self._send(wire_of(answer).http_status, openai_body(answer), retry_after(answer))
         else:
             self._send(200, answer)
 
-    def _send(self, status: int, body: Mapping[str, Any]) -> None:
+    def _send(self, status: int, body: Mapping[str, Any], wait_s: str | None = None) -> None:
         data = json.dumps(body).encode()
         self.send_response(status)
+        if wait_s is not None:
+            self.send_header("retry-after", wait_s)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

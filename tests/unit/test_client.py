@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from noria.client import NoriaClient
-from noria.errors import Conflict, NotFound, Unavailable
+from noria.errors import Conflict, NotFound, RateLimited, Unavailable
 from tests.unit.fake_server import Answer, event, job, page, rollout, serving, status
 
 
@@ -33,6 +33,17 @@ def test_an_error_body_is_the_error_it_was() -> None:
         assert raised.value.code == "no_previous_version"
         with pytest.raises(NotFound):
             client.job("job_x")
+
+
+def test_a_refusal_says_when_to_come_back() -> None:
+    refused = RateLimited("limit of 6 preferences an hour reached", retry_after_s=8.2)
+    with (
+        serving({"GET /noria/v1/status": refused}) as server,
+        NoriaClient(server.url) as client,
+        pytest.raises(RateLimited) as raised,
+    ):
+        client.status()
+    assert raised.value.retry_after_s == 9.0
 
 
 def test_nobody_there_is_unavailable_and_says_what_to_do(free_port: int) -> None:

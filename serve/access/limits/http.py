@@ -6,15 +6,13 @@ body is asked for. Must not import vllm or grpc.
 
 from __future__ import annotations
 
-import asyncio
 import re
-import time
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from noria.errors import InvalidRequest, NoriaError
+from noria.errors import NoriaError
 from serve.access.caller import Caller, current_caller
 from serve.access.limits.limits import Limits
 from serve.access.limits.load import BodyHold, Ticket, current_ticket
@@ -26,7 +24,6 @@ NOT_THE_ENGINE = re.compile(
     r"|/v1/responses/[^/]+/cancel$"  # takes load away
     r"|/v1/chat/completions/chatcmpl-[^/]+$"  # the metadata of a stored completion
 )
-SLOW = "request_timeout"
 STREAMED_UPLOADS = "/noria/v1/adapters/"  # go to the disk piece by piece
 
 
@@ -79,21 +76,18 @@ class LimitsMiddleware:
             await send({"type": "websocket.close", "code": 1013, "reason": error.code})  # try again later
             return
         response = error_response(error)
-        if error.code == SLOW:
-            response.headers["connection"] = "close"  # else what never came would be waited for
         if asks_engine(scope["method"], scope["path"]):
             response.raw_headers.extend(self._limits.headers(caller))
         await response(scope, receive, send)
 
 
 class _Sized:
-    """`receive` of one request, its body counted against what the server holds, and against time."""
+    """`receive` of one request, its body counted against what the server holds."""
 
     def __init__(self, scope: Scope, receive: Receive, limits: Limits) -> None:
         self._receive, self._limits = receive, limits
         self._hold: BodyHold | None = None
         self._read = 0
-        self._until = 0.0
         self._awaited = scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS")
         if scope["type"] == "http" and scope["path"].startswith(STREAMED_UPLOADS):
             self._awaited = False
@@ -104,7 +98,6 @@ class _Sized:
         """Takes room for the body, as long as it says it is. Raises Unavailable or InvalidRequest."""
         if self._awaited:
             self._hold = self._limits.body()
-            self._until = time.monotonic() + self._limits.settings.body_s
             self._grow(int(self._length) if self._length.isdecimal() else 0)
             if self.fault is not None:
                 raise self.fault
@@ -116,18 +109,9 @@ class _Sized:
 
     async def __call__(self) -> Message:
         """The next message. Where the body cannot go on it ends the request: what the app answers then is not sent."""
+        message = await self._receive()
         if not self._awaited or self.fault is not None:
-            return await self._receive()
-        try:
-            async with asyncio.timeout(self._until - time.monotonic()):
-                message = await self._receive()
-        except TimeoutError:
-            wait_s = self._limits.settings.body_s
-            self.fault = self._limits.refuse(
-                "body_time",
-                InvalidRequest(f"the body did not arrive within {wait_s:g} s (limits.body_s)", param="body", code=SLOW),
-            )
-            return {"type": "http.disconnect"}
+            return message
         if message["type"] != "http.request" or not message.get("more_body", False):
             self._awaited = False
         self._read += len(message.get("body", b""))

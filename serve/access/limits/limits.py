@@ -31,7 +31,6 @@ REASONS = (
     "waiting",
     "sequences",
     "body_bytes",
-    "body_time",
 )
 
 

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 
-from noria.errors import InvalidRequest, NoriaError, Unavailable
+from noria.errors import InvalidRequest, NoriaError, TooLarge, Unavailable
 from serve.access.limits.window import SECOND_NS
 
 BURST = 4  # requests that are inside may still split into sequences, up to so many times what may wait
@@ -53,11 +53,8 @@ class Load:
     def body_fault(self, size: int) -> NoriaError | None:
         """Why a body of so many more bytes cannot be taken in; None where it can."""
         if size > self.most_body_bytes:
-            return InvalidRequest(
-                f"the body has {size} bytes; this server takes {self.most_body_bytes} (limits.body_bytes_in_flight)",
-                param="body",
-                code="request_too_large",
-            )
+            said = f"the body has {size} bytes; this server takes {self.most_body_bytes} (limits.body_bytes_in_flight)"
+            return TooLarge(said, param="body")
         if self.body_bytes + size <= self.most_body_bytes:
             return None
         return overloaded(f"bodies of {self.body_bytes} bytes are held", self.retry_after_s())
