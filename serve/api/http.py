@@ -18,11 +18,12 @@ from noria.errors import InvalidRequest, NotFound
 from noria.records import Json
 from serve.api.document import answers
 from serve.api.document.answers import deleted, page_of
-from serve.api.document.routes import described
+from serve.api.document.routes import KEY, described
 from serve.api.errors import NoriaRoute
 from serve.api.handlers import Handlers
 from serve.api.operations import ENDED
 from serve.api.schemas import (
+    AuditPage,
     FeedbackBody,
     FeedbackPage,
     JobBody,
@@ -59,7 +60,7 @@ EVENTS: Json = {
 
 def build_router(handlers: Handlers) -> APIRouter:
     """All routes under `/noria/v1`. Who may call them is decided before (`serve.access.guards.http`)."""
-    router = APIRouter(prefix="/noria/v1", route_class=NoriaRoute, tags=["noria"])
+    router = APIRouter(prefix="/noria/v1", route_class=NoriaRoute, tags=["noria"], dependencies=[KEY])
     _add_judgements(router, handlers)
     _add_jobs(router, handlers)
     _add_versions(router, handlers)
@@ -184,12 +185,12 @@ def _add_versions(router: APIRouter, handlers: Handlers) -> None:
         """How things stand."""
         return await handlers.status()
 
-    @router.get("/audit")
+    @router.get("/audit", **described({200: page_of(answers.AuditEvent)}, 404, query=AuditPage))
     async def list_audit_events(request: Request) -> Json:
         """A page of what operators did."""
         return await handlers.list_audit_events(dict(request.query_params))
 
-    @router.get("/limits")
+    @router.get("/limits", **described({200: answers.Limits}))
     async def limits() -> Json:
         """The caller's own limits and what is used of them."""
         return await handlers.limits()

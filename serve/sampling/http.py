@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from noria.errors import NoriaError, Unavailable
 from noria.records import Json
 from serve.api.document.answers import Adapter, AdapterDeleted, AdapterList, SampleGroup
-from serve.api.document.routes import described
+from serve.api.document.routes import KEY, described
 from serve.api.errors import NoriaRoute
 from serve.api.http import body_of
 from serve.api.schemas import AdapterQuery, SampleBody
@@ -32,7 +32,7 @@ UPLOAD: Json = {
 
 def build_sampling_router(sampling: Sampling) -> APIRouter:
     """The routes. Who may call them is decided before (`serve.access.guards.http`)."""
-    router = APIRouter(prefix="/noria/v1", route_class=NoriaRoute, tags=["sampling"])
+    router = APIRouter(prefix="/noria/v1", route_class=NoriaRoute, tags=["sampling"], dependencies=[KEY])
 
     @router.put(
         "/adapters/{name}",

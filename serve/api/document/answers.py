@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 from typing_extensions import TypedDict
 
 from noria import records
+from noria.access.audit import AuditEvent as AuditRecord
 from noria.records import Json
 
 OF_A_TRAINER = ("done", "owner", "lease_until", "heartbeat_at")  # of a job's record: leases and hand-overs stay inside
@@ -76,9 +77,71 @@ Feedback = wire(records.Feedback, "feedback")
 Job = wire(records.Job, "job", without=OF_A_TRAINER)
 Version = wire(records.Version, "version")
 Rollout = wire(records.Rollout, "rollout")
-EndUserDeleted = deleted("end_user.deleted", completions=(int, ...), choices=(int, ...), images=(int, ...),
-                         preferences=(int, ...), feedback=(int, ...))  # fmt: skip
-VersionWithManifest = create_model("VersionWithManifest", __base__=Version, manifest=(Json, ...))
+AuditEvent = wire(AuditRecord, "audit_event")
+
+
+class VersionUse(TypedDict):
+    """A version whose job used something of somebody who is forgotten; `uses` are counts by part."""
+
+    version: str
+    state: str
+    job: str
+    uses: dict[str, int]
+
+
+class JobUse(TypedDict):
+    """An unfinished job that used it."""
+
+    job: str
+    state: str
+    uses: dict[str, int]
+
+
+class Lineage(TypedDict):
+    """What learnt from somebody who is forgotten; `inherited` are versions made of those that did."""
+
+    versions: list[VersionUse]
+    inherited: list[str]
+    jobs: list[JobUse]
+
+
+class Forgotten(TypedDict):
+    """How many forgotten users are in a version's weights, and how much of theirs was used, by part."""
+
+    users: int
+    uses: dict[str, int]
+    inherited: int
+
+
+FORGOTTEN_COUNTS = ("completions", "choices", "images", "preferences", "feedback")
+EndUserDeleted = deleted("end_user.deleted", lineage=(Lineage, ...), **dict.fromkeys(FORGOTTEN_COUNTS, (int, ...)))
+VersionWithManifest = create_model(
+    "VersionWithManifest", __base__=Version, manifest=(Json, ...), forgotten=(Forgotten, ...)
+)
+
+
+class Limit(BaseModel):
+    """A limit and what is used of it; None is no limit, and what nobody counts."""
+
+    limit: int | None
+    used: int | None
+
+
+class TimedLimit(Limit):
+    """A limit that is whole again in `reset_s` seconds."""
+
+    reset_s: float
+
+
+class Limits(BaseModel):
+    """The caller's own limits."""
+
+    object: Literal["limits"]
+    key: str
+    requests_per_minute: TimedLimit
+    concurrent_requests: Limit
+    tokens_per_day: TimedLimit
+    preferences_per_hour: Limit
 
 
 class Counts(BaseModel):
@@ -104,6 +167,15 @@ class CaptureTotals(BaseModel):
     dropped: int
 
 
+class PrivacyTotals(BaseModel):
+    """What was redacted, dropped and deleted since the server started."""
+
+    model_config = ConfigDict(extra="allow")
+
+    redacted: dict[str, int]
+    metadata_dropped: int
+
+
 class Status(BaseModel):
     """How things stand."""
 
@@ -121,6 +193,7 @@ class Status(BaseModel):
     rollout: Rollout | None  # type: ignore[valid-type]
     completions: int
     capture: CaptureTotals
+    privacy: PrivacyTotals
 
 
 class StoredCompletion(BaseModel):

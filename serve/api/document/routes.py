@@ -1,7 +1,7 @@
 """How a route describes itself: what FastAPI's decorators take so that the OpenAPI document tells of raw bodies too.
 
 Comes in: the pydantic schemas that the handlers validate with, the shapes of answers. Goes out: keyword arguments of a
-route. Nothing here runs when a request comes. Must not import vllm or grpc.
+route. Nothing here decides when a request comes. Must not import vllm or grpc.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastapi import Depends
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
 from noria.records import Json
 from serve.api.document.answers import ErrorAnswer
 
+KEY: Any = Depends(HTTPBearer(auto_error=False, description="A key; asked for as soon as the server has one."))
+"""Tells the document that a route takes a key. Who may come in is decided before (`serve.access.guards.http`)."""
 ALWAYS = {
     400: "The request is wrong; `error.param` names the field.",
     401: "The key is missing or wrong.",

@@ -24,7 +24,7 @@ from serve.access.audit import Audit
 from serve.access.caller import Role, current_caller
 from serve.api.document import answers
 from serve.api.document.answers import deleted, page_of
-from serve.api.document.routes import described, json_body
+from serve.api.document.routes import KEY, described, json_body
 from serve.api.errors import NoriaRoute
 from serve.api.openai.shapes import completion_object, page, store_messages
 from serve.api.schemas import Body
@@ -81,7 +81,9 @@ class Flushes(Protocol):
 
 def build_stored_router(store: Store, blobs: Blobs, capture: Flushes, audit: Audit, scrubber: Scrubber) -> APIRouter:
     """The five routes, for vLLM's application; `scrubber` cuts metadata to what may be kept."""
-    router = APIRouter(prefix="/v1/chat/completions", route_class=NoriaRoute, tags=["stored completions"])
+    router = APIRouter(
+        prefix="/v1/chat/completions", route_class=NoriaRoute, tags=["stored completions"], dependencies=[KEY]
+    )
 
     @router.get("", **described({200: page_of(answers.StoredCompletion)}, 404, query=StoredQuery, more=BY_METADATA))
     async def list_completions(request: Request) -> Json:
