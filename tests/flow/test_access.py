@@ -21,7 +21,7 @@ import json
 from serve.engine.launch import parse_flags
 from vllm.entrypoints.launchers.app import build_app
 from tests.unit.access.routes import roles_by_route
-app = build_app(parse_flags(["--model=none"]), ("generate",))
+app = build_app(parse_flags(["--model=none", "--load-format=safetensors"]), ("generate",))
 print(json.dumps([[*route, *roles] for route, roles in roles_by_route(app).items()]))
 """
 

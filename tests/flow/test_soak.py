@@ -23,4 +23,4 @@ def test_a_short_soak_keeps_its_promises(tmp_path: Path) -> None:
     said = document["paths"]["/noria/v1/preferences"]["post"]["requestBody"]["content"]["application/json"]
     assert "chosen" in said["schema"]["properties"]  # vLLM's own document has our routes
     broken = [promise for promise, kept in told["promises"].items() if not kept]
-    assert not broken, told
+    assert not broken, (broken, told)

@@ -58,7 +58,10 @@ class Dawdlers:
             await released.wait()
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+            for end in ends:
+                if isinstance(end, Exception):  # a dawdler that could not dawdle shows nothing
+                    raise end
 
     async def told(self, most_s: float) -> None:
         """Returns when all that can be told of their end have been, or after a while."""
@@ -105,7 +108,7 @@ class Dawdlers:
             await call.read()
             await asyncio.sleep(self._hold_s)
             with contextlib.suppress(grpc.aio.AioRpcError):  # UNAVAILABLE, or the whole answer was on its way
-                async for _ in call:
+                while await call.read() is not grpc.aio.EOF:
                     pass
             self.ended[kind] += 1
         finally:
