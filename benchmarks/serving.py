@@ -82,7 +82,7 @@ def noria(home: Path, threads: int, *, keyed: bool = False, capture: bool = True
 
 
 @contextmanager
-def plain_vllm(model: Path, threads: int) -> Iterator[Arm]:
+def plain_vllm(model: Path, threads: int, log_to: Path) -> Iterator[Arm]:
     """vLLM's own server on the same files, its engine on so many cores."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -91,9 +91,10 @@ def plain_vllm(model: Path, threads: int) -> Iterator[Arm]:
     command += ["--served-model-name=noria", "--dtype=bfloat16", "--enforce-eager", "--disable-uvicorn-access-log"]
     command += [f"--max-model-len={LENGTH}", f"--max-num-seqs={SEQUENCES}", f"--kv-cache-memory-bytes={2**30}"]
     last = max(os.sched_getaffinity(0))
-    bound = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": f"{last - threads + 1}-{last}"}
-    with (model / "../plain.log").resolve().open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **bound})  # noqa: S603
+    same = {"VLLM_CPU_OMP_THREADS_BIND": f"{last - threads + 1}-{last}"}
+    same["VLLM_CPU_INT4_W4A8"] = "0"  # as Noria's engine.int8_activations: another accuracy is another engine
+    with log_to.open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1", **same})  # noqa: S603
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + READY_S
@@ -140,17 +141,17 @@ async def ask(arm: Arm, clients: int, requests: int) -> Block:
         return Block(requests / (time.perf_counter() - started), seconds)
 
 
-def measure(arms: Mapping[str, Arm], rounds: int) -> dict[int, dict[str, list[Block]]]:
-    """The blocks of every arm, by the number of clients, after a warm-up."""
+def measure(arms: Mapping[str, Arm], rounds: int, length: float = 1.0) -> dict[int, dict[str, list[Block]]]:
+    """The blocks of every arm, by the number of clients, after a warm-up; `length` times as many requests in each."""
     for arm in arms.values():
-        asyncio.run(ask(arm, 8, 64))
+        asyncio.run(ask(arm, 8, 16))
     seen: dict[int, dict[str, list[Block]]] = {}
     for clients, requests in REQUESTS.items():
         blocks = seen[clients] = {name: [] for name in arms}
         for turn in range(rounds):
             order = random.Random(turn).sample(list(arms), len(arms))  # noqa: S311
             for name in order:
-                blocks[name].append(asyncio.run(ask(arms[name], clients, requests)))
+                blocks[name].append(asyncio.run(ask(arms[name], clients, max(clients, int(requests * length)))))
     return seen
 
 
@@ -183,6 +184,7 @@ def main() -> None:
     own = max(1, cores - 1)
     parser.add_argument("--threads", type=int, default=own, help=f"of each engine; vLLM's own takes {own} here")
     parser.add_argument("--home", type=Path, help="whose live version is served; its copy is used")
+    parser.add_argument("--length", type=float, default=1.0, help="of the blocks: times as many requests (default 1)")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
         homes = {name: Path(folder) / name for name in ("noria", "keyed", "silent")}
@@ -194,14 +196,14 @@ def main() -> None:
                 shutil.copytree(asked.home, home, ignore=shutil.ignore_patterns("server.json", "*.log", "masters"))
         live = _serving(homes["noria"])
         arms = {
-            PLAIN: servers.enter_context(plain_vllm(live, asked.threads)),
+            PLAIN: servers.enter_context(plain_vllm(live, asked.threads, Path(folder) / "plain.log")),
             "Noria, no capture": servers.enter_context(noria(homes["silent"], asked.threads, capture=False)),
             "Noria": servers.enter_context(noria(homes["noria"], asked.threads)),
             "Noria, key and limits": servers.enter_context(noria(homes["keyed"], asked.threads, keyed=True)),
         }
         what = "tiny random model" if asked.home is None else str(asked.home.name)
         title = f"{what}, {TOKENS} tokens an answer, {asked.threads} of {cores} cores an engine, {asked.rounds} rounds"
-        Console().print(shown(measure(arms, asked.rounds), title))
+        Console().print(shown(measure(arms, asked.rounds, asked.length), title))
 
 
 def _serving(home: Path) -> Path:
