@@ -72,7 +72,9 @@ def _generator(run: Any, caller: Caller) -> Any:
 
 
 def _refusal(error: NoriaError) -> Any:
-    async def refuse(request: Any, context: Any) -> None:
+    """A handler that refuses without reading: one of a stream of requests is called before any of them."""
+
+    async def refuse(requests: Any, context: Any) -> None:
         await abort(context, error)
 
-    return grpc.unary_unary_rpc_method_handler(refuse)
+    return grpc.stream_unary_rpc_method_handler(refuse)
