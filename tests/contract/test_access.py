@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sqlalchemy import text as sql
 
@@ -181,6 +182,16 @@ def test_without_a_key_nothing_is_read(keyed: Keyed) -> None:
             with pytest.raises(grpc.RpcError) as refused:
                 channel.stream_unary(f"/noria.v1.{method}")(never(), timeout=15)
             assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        probe = channel.stream_unary("/grpc.health.v1.Health/Check")
+        held = [probe.future(never(), timeout=15) for _ in range(40)]
+        asked = health_pb2.HealthCheckRequest(service="noria.v1.FeedbackService")
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        assert stub.Check(asked, timeout=15).status == next(stub.Watch(asked, timeout=15)).status == 1
+        for method in ("Check", "Watch"):
+            with pytest.raises(grpc.RpcError) as refused:
+                channel.stream_unary(f"/grpc.health.v1.Health/{method}")(never(), timeout=15)
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert {one.code() for one in held} == {grpc.StatusCode.INVALID_ARGUMENT}
     for path in OPEN_PATHS:
         with socket.create_connection(("127.0.0.1", keyed.fake.http_port), timeout=15) as one:
             one.sendall(f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-length: 60000000\r\n\r\n{{".encode())
