@@ -66,7 +66,8 @@ class Certificates(Collector):
         if self._in_context is self._pair:
             return
         try:
-            load_pair(self.context, self._cert, self._key, (CERT, KEY))
+            for context in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self.context):  # half a pair would end the old one
+                load_pair(context, self._cert, self._key, (CERT, KEY))
         except SettingsError:
             return  # the files changed again since: the next look tells
         self._in_context = self._pair

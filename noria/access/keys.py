@@ -22,6 +22,7 @@ from noria.records import Json
 Role = Literal["client", "annotator", "operator", "trainer"]
 ROLES: tuple[Role, ...] = typing.get_args(Role)
 TEXT = re.compile(r"noria-([0-9a-f]{16})-([0-9a-f]{64})")
+MEANT = re.compile(r"noria-([0-9a-f]{16})-")
 NO_HASH = hashlib.sha256(b"no key has this hash").hexdigest()
 
 
@@ -74,4 +75,10 @@ def hash_of(text: str) -> str:
 def id_in(text: str) -> str | None:
     """The id that a key's text names; None where the text is not of that form."""
     found = TEXT.fullmatch(text)
+    return f"key_{found[1]}" if found else None
+
+
+def id_meant(text: str) -> str | None:
+    """The id in what somebody wrote for a key's text, whole or not; None where it looks like none. Proves nothing."""
+    found = MEANT.search(text)
     return f"key_{found[1]}" if found else None

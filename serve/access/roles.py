@@ -25,6 +25,7 @@ SAMPLE: Roles = frozenset({"trainer", "operator"})
 ANY: Roles = frozenset(ROLES)
 
 OPEN_PATHS = frozenset({"/health", "/ping", "/live"})  # what a probe asks without a key
+METRICS = "/metrics"  # what answers there answers every method, and every path that begins so
 METRICS_PATHS = frozenset({"/metrics", "/metrics/"})  # what a scraper on this machine asks without a key
 OPEN_METHODS = ("/grpc.health.v1.Health/",)
 

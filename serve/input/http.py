@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from noria.errors import NoriaError, TooLarge
 from noria.settings import InputSettings
+from serve.access.roles import OPEN_PATHS
 from serve.api.errors import error_response
 from serve.input.body import read_body
 from serve.input.intake import Intake, current_intake
@@ -41,7 +42,7 @@ class InputMiddleware:
             await _answer(refused, scope, receive, send)
             return
         upload = scope["type"] == "http" and scope["method"] == "PUT" and scope["path"].startswith(UPLOADS)
-        if scope["type"] != "http" or scope["method"] not in WITH_BODY or upload:
+        if scope["type"] != "http" or scope["method"] not in WITH_BODY or upload or scope["path"] in OPEN_PATHS:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import http
 import json
-from collections import Counter
+from collections import Counter, deque
 from typing import Any, Literal
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from noria.settings.wire import DoorSettings
 
 MOST_HEAD_BYTES = 64 * 1024  # llhttp has no limit of its own
+MOST_UNANSWERED = 16  # requests on one connection: uvicorn keeps as many as a piece of 64 KiB holds
 Reason = Literal["head_late", "head_large", "body_slow", "unread", "too_many"]
 REASONS: tuple[Reason, ...] = ("head_late", "head_large", "body_slow", "unread", "too_many")
 
@@ -33,8 +34,9 @@ class PatientProtocol(HttpToolsProtocol):
         self._phase: Literal["head", "body", "answer"] = "head"
         self._arriving: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
-        self._bytes = 0
+        self._bytes = self._since_body = 0
         self._was_paused = False
+        self._unanswered: deque[Any] = deque()  # uvicorn's cycles, oldest first
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has until `head_s` to say what it wants."""
@@ -45,10 +47,14 @@ class PatientProtocol(HttpToolsProtocol):
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is waited for any more."""
+        """Nothing is waited for any more, and every request learns of it: uvicorn tells the last one alone."""
         self._stop_waiting()
         self._read_again()
         super().connection_lost(exc)
+        for cycle in self._unanswered:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self._unanswered.clear()
 
     def data_received(self, data: bytes) -> None:
         """Counts what comes and has it parsed; headers that have no end by then are too large."""
@@ -57,15 +63,27 @@ class PatientProtocol(HttpToolsProtocol):
         if self._phase == "answer" and self._is_idle():
             self._await_head()
         self._bytes += len(data)
+        self._since_body += len(data)
         super().data_received(data)
-        if self._phase == "head" and self._bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
+        head = self._bytes if self._phase == "head" else self._since_body if self._phase == "body" else 0
+        if head > MOST_HEAD_BYTES and not self.transport.is_closing():  # what follows a body is headers, too
             self._end("head_large", 431, f"the request's headers are larger than {MOST_HEAD_BYTES} bytes")
 
     def on_headers_complete(self) -> None:
-        """From here on the body is awaited."""
+        """From here on the body is awaited. Too many requests ahead of their answers are no HTTP that is served."""
+        last = self.cycle
         super().on_headers_complete()
-        self._phase = "body"
+        if self.cycle is not last:
+            self._unanswered.append(self.cycle)
+        if len(self._unanswered) > MOST_UNANSWERED:
+            raise ValueError("too many requests without an answer")  # uvicorn answers 400 and hangs up
+        self._phase, self._since_body = "body", 0
         self._await_body()
+
+    def on_body(self, body: bytes) -> None:
+        """Some of it."""
+        self._since_body = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The request is whole; a pipelined one begins anew."""
@@ -81,6 +99,7 @@ class PatientProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """The answer is given; whether it is read is another matter."""
+        self._unanswered.popleft()
         super().on_response_complete()
         self._await_reader()
 
@@ -93,6 +112,8 @@ class PatientProtocol(HttpToolsProtocol):
         """It has caught up."""
         super().resume_writing()
         self._read_again()
+        if self.transport.is_closing():  # nothing else would look at the rest
+            self._await_reader()
 
     def timeout_keep_alive_handler(self) -> None:
         """Closing waits for what is not read yet, too."""
@@ -100,9 +121,12 @@ class PatientProtocol(HttpToolsProtocol):
         self._await_reader()
 
     def handle_websocket_upgrade(self) -> None:
-        """Another protocol takes the connection over."""
+        """Another protocol takes the connection over, unless an answer is being given: that would never end."""
         self._stop_waiting()
         self._read_again()
+        if not self._is_idle():
+            self.transport.abort()
+            return
         super().handle_websocket_upgrade()
 
     def _is_idle(self) -> bool:

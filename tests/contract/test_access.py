@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sqlalchemy import text as sql
 
@@ -22,6 +24,7 @@ from noria.sampling import Drawing, SamplingPool
 from noria.sampling.places import place_at
 from noria.settings import Settings
 from noria.store import Store
+from serve.access.roles import OPEN_PATHS
 from tests.contract.doors import Door, GrpcDoor, HttpDoor, Refused, plain
 from tests.contract.fake_system import FakeSystem
 from tests.contract.test_judgements import side
@@ -165,6 +168,35 @@ def test_without_the_right_key_both_doors_say_the_same(keyed: Keyed) -> None:
             assert key is None or key not in said[0].message
     answer = keyed.door("http", None).client.get("/noria/v1/status")
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+
+
+def test_without_a_key_nothing_is_read(keyed: Keyed) -> None:
+    """gRPC's refusal comes before the message; a probe's body takes none of the room that bodies have."""
+
+    def never() -> Iterator[bytes]:
+        time.sleep(20)
+        yield b""
+
+    with grpc.insecure_channel(keyed.grpc_at) as channel:
+        for method in ("InferenceService/CreateChatCompletion", "InferenceService/StreamChatCompletion", "No/Such"):
+            with pytest.raises(grpc.RpcError) as refused:
+                channel.stream_unary(f"/noria.v1.{method}")(never(), timeout=15)
+            assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        probe = channel.stream_unary("/grpc.health.v1.Health/Check")
+        held = [probe.future(never(), timeout=15) for _ in range(40)]
+        asked = health_pb2.HealthCheckRequest(service="noria.v1.FeedbackService")
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        assert stub.Check(asked, timeout=15).status == next(stub.Watch(asked, timeout=15)).status == 1
+        for method in ("Check", "Watch"):
+            with pytest.raises(grpc.RpcError) as refused:
+                channel.stream_unary(f"/grpc.health.v1.Health/{method}")(never(), timeout=15)
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert {one.code() for one in held} == {grpc.StatusCode.INVALID_ARGUMENT}
+    for path in OPEN_PATHS:
+        with socket.create_connection(("127.0.0.1", keyed.fake.http_port), timeout=15) as one:
+            one.sendall(f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-length: 60000000\r\n\r\n{{".encode())
+            assert one.recv(9) == b"HTTP/1.1 "  # it does not wait for the rest
+            assert keyed.fake.limits.load.body_bytes == 0
 
 
 def test_a_trainer_key_samples_and_another_does_not(keyed: Keyed, tmp_path: Path) -> None:

@@ -89,6 +89,53 @@ def test_a_head_has_a_largest_size(fake: FakeSystem) -> None:
     assert fake.ended["head_large"] == 1
 
 
+def test_what_follows_a_body_has_a_largest_size(fake: FakeSystem) -> None:
+    """Trailers are kept as headers are, so they end as those do."""
+    before = fake.ended["head_large"]
+    with connected(fake) as one:
+        one.sendall(b"POST /noria/v1/jobs HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n")
+        try:
+            for _ in range(400):
+                one.sendall(b"x-long: " + b"a" * 8000 + b"\r\n")
+        except OSError:
+            pass
+        until_closed(one)
+    assert fake.ended["head_large"] == before + 1
+
+
+def test_so_many_requests_may_be_ahead_of_their_answers(fake: FakeSystem) -> None:
+    """A few are answered in their order; thousands, which would all be kept, are not taken."""
+    asked = b"GET /noria/v1/status HTTP/1.1\r\nhost: a\r\n\r\n"
+    with connected(fake) as one:
+        one.sendall(asked * 7 + asked.replace(b"host", b"connection: close\r\nhost"))
+        said = until_closed(one)
+    assert said.count(b"HTTP/1.1 200") == 8
+    with connected(fake) as one:
+        one.sendall(asked * 1000)
+        assert b"HTTP/1.1 400 Bad Request" in until_closed(one)
+    answers(fake)
+
+
+UPGRADE = (
+    b"GET /v1/realtime HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+    b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("more", [b"GET /noria/v1/status HTTP/1.1\r\nhost: a\r\n\r\n", UPGRADE])
+def test_a_client_that_leaves_ends_what_it_asked_for_first(fake: FakeSystem, more: bytes) -> None:
+    """An endless answer ends with its connection, also where another request came after it."""
+    settle(lambda: fake.gate.in_flight == 0)
+    body = json.dumps({**chat_body("go on", None), **ENDLESS, "stream": True}).encode()
+    with connected(fake) as one:
+        one.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n\r\n".encode())
+        one.sendall(body)
+        assert one.recv(12) == b"HTTP/1.1 200"
+        one.sendall(more)
+        time.sleep(0.2)
+    settle(lambda: fake.gate.in_flight == fake.limits.load.demand == 0)
+
+
 def test_a_body_that_arrives_in_pieces_is_taken(fake: FakeSystem) -> None:
     """What is slow but keeps the pace is no fault, however long it takes."""
     body = json.dumps({"completion_id": "nobody", "index": 0, "comment": "c" * 300}).encode()

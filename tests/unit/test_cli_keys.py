@@ -82,6 +82,13 @@ def test_rotate_and_revoke_by_id_name_or_the_key_itself(run: Run) -> None:
     assert run("audit", "list", "--limit", "1", "--action", "create_key")[1].splitlines()[1].split()[4] == "create_key"
 
 
+@pytest.mark.parametrize("written", ["{}", "Bearer {}", "{}0", "{:.80}"])
+def test_a_key_that_is_not_copied_whole_reaches_no_line(run: Run, written: str) -> None:
+    text = run("keys", "create", "shop", "--role", "client")[1].strip()
+    assert run("keys", "revoke", written.format(text))[0] == 0
+    assert text[24:64] not in run("audit", "list", "--json")[1]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("create", "x", "--role", "king"), ("create", "x"), ("create", "key_x", "--role", "client")],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import ssl
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,29 @@ def test_a_renewed_pair_is_taken_up_and_a_broken_one_is_not(papers: Papers) -> N
     replace(papers, "mended")
     found.look()
     assert counted() == {"noria_tls_loaded": 2.0, "noria_tls_refused": 2.0}
+
+
+def test_https_keeps_a_pair_that_works_when_the_next_is_broken_at_once(papers: Papers) -> None:
+    """gRPC took a renewed pair up; before HTTPS does, the files are broken."""
+    found = Certificates(TlsSettings.model_validate(papers.server()))
+    replace(papers, "renewed")
+    found.look()
+    shutil.copy(papers.pair("mended")[0], papers.folder / "server.pem")  # its key is not there yet
+    found.look()
+    found.renew_context()
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    caller = ssl.create_default_context(cafile=str(papers.ca))
+    client = caller.wrap_bio(to_client, to_server, server_hostname="localhost")
+    server = found.context.wrap_bio(to_server, to_client, server_side=True)
+    for _ in range(4):
+        for side in (client, server):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+    assert client.version() == "TLSv1.3"
+    shutil.copy(papers.folder / "mended.key", papers.folder / "server.key")
+    found.look()
+    found.renew_context()
+    assert found._in_context is found._pair
 
 
 def test_addresses_say_what_they_speak(papers: Papers) -> None:

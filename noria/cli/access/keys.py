@@ -77,9 +77,9 @@ def rotate(
 ) -> None:
     """Gives a key another secret and prints it, this once; id, name and roles stay."""
     from noria.access.audit import by_os_user
-    from noria.access.keys import id_in
+    from noria.access.keys import id_meant
 
-    key = id_in(key) or key
+    key = id_meant(key) or key
     with place(ctx).store() as store, by_os_user(store, "rotate_key", key) as noted:
         made, text = store.rotate_key(key, overlap * 60)
         noted.target = made.id
@@ -90,9 +90,9 @@ def rotate(
 def revoke(ctx: typer.Context, key: Key, as_json: AsJson = False) -> None:
     """Ends a key for good. Answers that are being given on it go on to their end."""
     from noria.access.audit import by_os_user
-    from noria.access.keys import id_in
+    from noria.access.keys import id_meant
 
-    key = id_in(key) or key  # a leaked key's text will do: it must not reach the log
+    key = id_meant(key) or key  # a leaked key's text will do: it must not reach the log
     with place(ctx).store() as store, by_os_user(store, "revoke_key", key) as noted:
         ended = store.revoke_key(key)
         noted.target = ended.id

@@ -5,17 +5,22 @@ Comes in: a call's details. Goes out: the method's handler, run as the caller; o
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
 
-from noria.errors import NoriaError
+from noria.errors import InvalidRequest, NoriaError
 from serve.access.caller import Caller, current_caller, current_wire
 from serve.access.keys import Access
 from serve.access.roles import OPEN_METHODS, grpc_roles
 from serve.api.grpc.calls import abort
+
+PROBE_S = 5.0
+MOST_UNREAD = 8  # of at most `server.grpc.max_message_mib` each
 
 
 class AccessInterceptor(grpc.aio.ServerInterceptor):
@@ -23,11 +28,12 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, access: Access) -> None:
         self._access = access
+        self._unread: deque[asyncio.Timeout] = deque()  # of probes whose message has not come, oldest first
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         """The handler to run."""
         if details.method.startswith(OPEN_METHODS):
-            return await continuation(details)
+            return self._read_soon(await continuation(details))
         header = dict(details.invocation_metadata).get("authorization")
         try:
             caller = await self._access.admit(header, grpc_roles(details.method))
@@ -35,6 +41,31 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             return _refusal(error)
         _enter(caller)  # interceptors behind this one are run in this very task
         return _as_caller(await continuation(details), caller)
+
+    def _read_soon(self, handler: Any) -> Any:
+        """The same handler, whose message comes soon or not at all: gRPC would hold it, as far as it has come, for as
+        long as anybody likes. The newest are waited for; a probe's message comes with its head."""
+        if handler is None:
+            return None
+        run = handler.unary_stream if handler.response_streaming else handler.unary_unary
+
+        async def answer(requests: Any, context: Any) -> Any:
+            try:
+                async with asyncio.timeout(PROBE_S) as patience:
+                    self._unread.append(patience)
+                    if len(self._unread) > MOST_UNREAD and not (oldest := self._unread.popleft()).expired():
+                        oldest.reschedule(0)  # long past
+                    request = await anext(aiter(requests))
+            except (TimeoutError, StopAsyncIteration):
+                await abort(context, InvalidRequest("the message did not come"))
+            finally:
+                if patience in self._unread:
+                    self._unread.remove(patience)
+            return await run(request, context)
+
+        kind = "stream" if handler.response_streaming else "unary"
+        make = getattr(grpc, f"stream_{kind}_rpc_method_handler")
+        return make(answer, handler.request_deserializer, handler.response_serializer)
 
 
 def _enter(caller: Caller) -> None:
@@ -72,7 +103,9 @@ def _generator(run: Any, caller: Caller) -> Any:
 
 
 def _refusal(error: NoriaError) -> Any:
-    async def refuse(request: Any, context: Any) -> None:
+    """A handler that refuses without reading: one of a stream of requests is called before any of them."""
+
+    async def refuse(requests: Any, context: Any) -> None:
         await abort(context, error)
 
-    return grpc.unary_unary_rpc_method_handler(refuse)
+    return grpc.stream_unary_rpc_method_handler(refuse)

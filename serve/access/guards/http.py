@@ -14,7 +14,7 @@ from noria.errors import NoriaError, Unauthenticated
 from serve.access.audit import Audit
 from serve.access.caller import current_caller, current_wire
 from serve.access.keys import Access
-from serve.access.roles import METRICS_PATHS, OPEN_PATHS, OPERATOR, Roles, http_roles
+from serve.access.roles import METRICS, METRICS_PATHS, OPEN_PATHS, OPERATOR, Roles, http_roles
 from serve.api.errors import error_response
 
 FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
@@ -78,7 +78,7 @@ def _is_vllms(method: str, path: str, roles: Roles) -> bool:
 
 
 def _is_open(scope: Scope) -> bool:
-    if scope["method"] == "OPTIONS" or scope["path"] in OPEN_PATHS:
+    if scope["path"] in OPEN_PATHS or (scope["method"] == "OPTIONS" and not scope["path"].startswith(METRICS)):
         return True
     return scope["path"] in METRICS_PATHS and scope["method"] in READS and _is_beside_us(scope)
 

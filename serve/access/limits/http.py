@@ -16,6 +16,7 @@ from noria.errors import NoriaError
 from serve.access.caller import Caller, current_caller
 from serve.access.limits.limits import Limits
 from serve.access.limits.load import BodyHold, Ticket, current_ticket
+from serve.access.roles import OPEN_PATHS
 from serve.api.errors import error_response
 
 NOT_THE_ENGINE = re.compile(
@@ -89,7 +90,7 @@ class _Sized:
         self._hold: BodyHold | None = None
         self._read = 0
         self._awaited = scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS")
-        if scope["type"] == "http" and scope["path"].startswith(STREAMED_UPLOADS):
+        if scope["type"] == "http" and (scope["path"].startswith(STREAMED_UPLOADS) or scope["path"] in OPEN_PATHS):
             self._awaited = False
         self._length = Headers(scope=scope).get("content-length", "") if self._awaited else ""
         self.fault: NoriaError | None = None

@@ -108,6 +108,8 @@ async def test_metrics_are_open_to_this_machine_alone(
     async with guarded.client(None, peer, **headers) as http:
         assert (await http.get("/metrics")).status_code == status
         assert (await http.get("/v1/models")).status_code == 401
+        for path in ("/metrics", "/metrics/", "/metricsx"):  # what serves them looks at no method
+            assert (await http.options(path)).status_code == 401
     _, text = guarded.store.create_key("scraper", ["annotator"])
     async with guarded.client(text, peer, **headers) as http:
         assert (await http.get("/metrics")).status_code == 200
