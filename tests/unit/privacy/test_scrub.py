@@ -43,6 +43,18 @@ def test_a_changed_prompt_and_a_changed_answer_lose_their_tokens() -> None:
     assert kept.end_user == asked().end_user
 
 
+def test_words_that_begin_like_an_address_of_a_picture_are_words() -> None:
+    said = ("data: jane@x.org", "data:,jane@x.org", f"{BLOB_SCHEME}jane@x.org")
+    kept = scrubber().completion(asked(messages=tuple({"role": "user", "content": one} for one in said)))
+    assert [one["content"] for one in kept.messages] == [one.replace("jane@x.org", "<EMAIL>") for one in said]
+
+
+def test_a_property_called_id_is_read_like_any_other() -> None:
+    properties = {name: {"type": "string", "default": "jane@x.org"} for name in ("id", "role", "type", "who")}
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {"properties": properties}}}]
+    assert "jane" not in str(scrubber().completion(asked(params={"tools": tools})))
+
+
 def test_what_is_clean_stays_as_it_is() -> None:
     clean = completion()
     assert scrubber().completion(clean) == clean
