@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -89,6 +90,17 @@ def test_long_texts_are_no_elements() -> None:
     """A text of a million commas, brackets and quotes is one value."""
     text = ',[{"\\' * 400_000
     assert read_body(json.dumps({"prompt": text}).encode(), LIMITS) == {"prompt": text}
+
+
+def test_short_texts_take_no_more_room_than_the_body() -> None:
+    """Cut at its quotes it would be millions of pieces."""
+    body = b"[" + b'"ab",' * 1_000_000 + b'""]'
+    tracemalloc.start()
+    with pytest.raises(Fault) as refused:
+        read_body(body, LIMITS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refused.value.reason == "body_elements" and peak < 8 * len(body)
 
 
 def test_depth_is_counted_from_the_outside() -> None:

@@ -234,6 +234,14 @@ def test_any_bytes_behind_a_head_are_refused_cleanly(tail: bytes, head: bytes) -
         admit(head + tail, LIMITS)
 
 
+@pytest.mark.parametrize("block", [b"\x21\xf9\0", b"\x01a"], ids=["extensions", "pieces"])
+def test_a_gif_of_endless_blocks_is_refused(block: bytes) -> None:
+    """Each is a step in Python; millions of them fit a file."""
+    head = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0, 0, 0) + b"\x21\xfe"
+    with pytest.raises(Broken, match="more than 500000 blocks"):
+        admit(head + (b"\x01a\0" if block[0] == 0x21 else b"") + block * 600_000, LIMITS)
+
+
 def test_a_jpeg_with_endless_scans_is_refused() -> None:
     data = encoded(noise(), "JPEG", progressive=True)
     at = data.rindex(b"\xff\xda")
