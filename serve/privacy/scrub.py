@@ -10,6 +10,7 @@ ids: those would give the text back. Training reads the text.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import threading
 from collections import Counter
@@ -93,11 +94,25 @@ class Scrubber:
         if isinstance(value, str):
             return value if PICTURE.fullmatch(value) else self._words(value)
         if isinstance(value, dict):
-            as_it_is = {key: one for key, one in value.items() if key in AS_IT_IS and isinstance(one, str)}
-            return {key: one if key in as_it_is else self._any(one) for key, one in value.items()}
+            return {key: self._under(key, one) for key, one in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(map(self._any, value))
         return value
+
+    def _under(self, key: str, value: Any) -> Any:
+        if isinstance(value, str) and key in AS_IT_IS:
+            return value
+        return self._arguments(value) if isinstance(value, str) and key == "arguments" else self._any(value)
+
+    def _arguments(self, text: str) -> str:
+        """A tool call's, JSON as text: its values first, for a pattern in the text may begin inside an escape."""
+        try:
+            said = json.loads(text)
+            redacted = self._any(said)
+        except (ValueError, RecursionError):
+            return self._words(text)
+        changed = json.dumps(redacted, ensure_ascii=False, separators=(",", ":"))
+        return self._words(text if redacted == said else changed)
 
     def _words(self, text: str) -> str:
         if self._redactor is None or not text:

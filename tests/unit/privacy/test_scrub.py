@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from noria.records import BLOB_SCHEME, Completion
 from noria.settings import PrivacySettings
 from serve.capture.record import prompt_hash
@@ -70,6 +72,15 @@ def test_reasoning_and_tool_calls_are_redacted_too() -> None:
     assert "jane" not in str(kept.choices)
     assert kept.choices[0].message["tool_calls"][0]["function"]["arguments"] == '{"to":"<EMAIL>"}'
     assert kept.choices[0].token_ids == ()
+
+
+def test_a_tool_call_s_arguments_stay_json() -> None:
+    """`\\njane@x.org` in JSON: the address must not take the letter of the escape along."""
+    said = {"body": "Hello\njane@x.org", "to": "j\u00e4ne@x.org", "jane@x.org": 4111111111111111}
+    call = {"id": "call_1", "type": "function", "function": {"name": "mail", "arguments": json.dumps(said)}}
+    kept = scrubber().completion(asked(messages=({"role": "assistant", "content": None, "tool_calls": [call]},)))
+    arguments = kept.messages[0]["tool_calls"][0]["function"]["arguments"]
+    assert arguments == '{"body":"Hello\\n<EMAIL>","to":"<EMAIL>","<EMAIL>":<CARD>}'
 
 
 def test_metadata_is_cut_to_the_allowed_keys_and_counted() -> None:
