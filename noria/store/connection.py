@@ -146,7 +146,8 @@ def _parse(url: str) -> URL:
 
 def _engine(url: URL) -> Engine:
     # Threads take a connection each for the length of one transaction; the pool must outlast a server's thread pool.
-    pool: dict[str, Any] = {"pool_size": 8, "max_overflow": 56, "pool_timeout": 30}
+    # Parameters are prompts and users, and errors are logged.
+    pool: dict[str, Any] = {"pool_size": 8, "max_overflow": 56, "pool_timeout": 30, "hide_parameters": True}
     try:
         if url.get_backend_name() == "sqlite":
             engine = create_engine(url, connect_args={"timeout": BUSY_MS / 1000}, **pool)

@@ -47,7 +47,7 @@ class NoriaRoute(APIRoute):
             except ClientDisconnect:
                 return error_response(Unavailable("the client left"))  # to nobody
             except Exception as error:
-                log.exception("request_failed", extra={"path": request.url.path})
+                log.exception("request_failed", extra={"path": self.path_format})  # a path may name an end user
                 return error_response(internal(error))
 
         return answer

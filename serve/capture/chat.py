@@ -97,6 +97,22 @@ class CapturingChat(Signed):
             self.noria_capture.offer(captured)
 
 
+class CapturingMessages(CapturingChat):
+    """Mixed in before vLLM's `AnthropicServingMessages` (0.31), which reads neither `store` nor who asks."""
+
+    def to_chat_completion_request(self, asked: Any, **options: Any) -> Any:
+        """As vLLM's, with the body's `store`, and with `metadata.user_id` (Anthropic's name for it) as `user`."""
+        request = cast(Any, super()).to_chat_completion_request(asked, **options)
+        intake = current_intake.get()
+        body = intake.body() if intake else {}
+        if "store" in body:
+            request.store = body["store"]
+        user = (body.get("metadata") or {}).get("user_id") or body.get("user")
+        if isinstance(user, str):
+            request.user = user
+        return request
+
+
 def storage_fault(extra: dict[str, Any]) -> tuple[str, str] | None:
     """The parameter at fault and what is wrong with it; None where `store` and `metadata` are as OpenAI has them."""
     if not isinstance(extra.get("store"), bool | None):

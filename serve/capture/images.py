@@ -85,7 +85,7 @@ def decode_data_url(url: str) -> tuple[bytes, str] | None:
     if url[:5].lower() != "data:" or "," not in url:
         return None
     head, payload = url[5:].split(",", 1)
-    media_type, *options = head.split(";")
+    media_type, *options = head.lower().split(";")
     try:
         data = base64.b64decode(payload) if "base64" in options else unquote_to_bytes(payload)
     except (binascii.Error, ValueError):

@@ -18,7 +18,7 @@ from typing import Any
 
 from noria.errors import NoriaError, SettingsError
 from noria.settings import Settings
-from serve.capture.chat import CapturingChat
+from serve.capture.chat import CapturingChat, CapturingMessages
 from serve.capture.queue import CaptureQueue
 from serve.engine.environment import engines_from_fork_server, has_gpu
 from serve.engine.media import register_connector
@@ -162,9 +162,9 @@ async def build_application(
     await init_app_state(EngineProxy(engine, gate, keep_priority=asked), app.state, args, tasks)
     follow_models(app.state.openai_serving_models, settings.server.served_model_name, gate)
     captured = {"noria_gate": gate, "noria_capture": capture, "noria_settings": settings.capture}
-    for name in ("openai_serving_chat", "anthropic_serving_messages"):
+    for name, mixin in (("openai_serving_chat", CapturingChat), ("anthropic_serving_messages", CapturingMessages)):
         if getattr(app.state, name, None) is not None:
-            adopt(getattr(app.state, name), CapturingChat, **captured)
+            adopt(getattr(app.state, name), mixin, **captured)
     if app.state.openai_serving_completion is not None:
         adopt(app.state.openai_serving_completion, SignedCompletions, noria_gate=gate)
     if app.state.openai_serving_chat_batch is not None:

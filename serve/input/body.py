@@ -16,7 +16,7 @@ from noria.settings import InputSettings
 from serve.input.tree import Fault, check_tree
 
 COUNTED_FROM = 2**20  # bytes: a smaller body cannot hold so many values that its memory matters
-COMMA, BRACKET, BRACE = 0x2C, 0x5B, 0x7B
+COMMA, BRACKET, BRACE, QUOTE = 0x2C, 0x5B, 0x7B, 0x22
 
 
 def read_body(data: bytes, limits: InputSettings) -> Any:
@@ -49,6 +49,9 @@ def _branches(data: bytes) -> int:
 
 
 def _without_texts(data: bytes) -> bytes:
-    """What stands outside of quotes, escapes taken into account."""
-    plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    return b"".join(plain.split(b'"')[::2])
+    """What stands outside of quotes, escapes taken into account, and zeros for what stands inside."""
+    import numpy as np
+
+    letters = np.frombuffer(data.replace(b"\\\\", b"").replace(b'\\"', b""), dtype=np.uint8)
+    inside = np.logical_xor.accumulate(letters == QUOTE)
+    return bytes(letters * ~inside)

@@ -42,7 +42,7 @@ class MediaDoor:
         except Broken as error:
             raise self.refused(url, "image_broken", str(error), intake) from error
         if intake is not None and (scheme_of(url) != "data" or admitted.data is not sent):
-            intake.replaced[url] = admitted
+            return intake.replaced.setdefault(url, admitted)  # a host may say something else to each who asks
         return admitted
 
     def refused(self, url: str, reason: str, why: str, intake: Intake | None = None) -> InputRefused:

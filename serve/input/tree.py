@@ -13,6 +13,8 @@ from noria.settings import InputSettings
 
 MOST_INT = 2**64  # exclusive, either side; what is larger fits no field of any route
 NOT_MEDIA = frozenset({"tools", "functions", "response_format", "structured_outputs", "metadata", "extra_body"})
+MEDIA_URLS = ("image_url", "video_url", "audio_url")
+MEDIA = frozenset({*MEDIA_URLS, "image_pil", "input_audio", "image_embeds", "audio_embeds", "video_embeds"})  # vLLM's
 Path = tuple[str | int, ...]
 
 
@@ -105,9 +107,14 @@ def _check_part(path: Path, part: Mapping[str, Any]) -> int:
     """How many pictures this object is: 1 or 0."""
     if "mm_hashes" in part:
         raise Fault("media_tensors", f"{dotted(path)} brings a picture as tensors: send the picture", path)
-    if not is_picture(part):
-        return 0
-    if part.get("uuid") is not None:
+    picture = is_picture(part)
+    if part.get("uuid") is not None and (picture or any(part[key] is None for key in MEDIA & part.keys())):
         said = f"{dotted(path)}: uuid names what others may have sent, and is not taken: send the picture"
         raise Fault("media_uuid", said, path)
-    return 1
+    if len(path) == 4 and path[::2] == ("messages", "content"):
+        kinds = [key for key in MEDIA_URLS if part.get(key) is not None]
+        kind = part.get("type") or "".join(kinds)
+        if kinds and (len(kinds) > 1 or kind not in (*kinds, "input_image")):
+            said = f"{dotted(path)} is of type {str(kind)[:64]!r} and has {' and '.join(kinds)}: it must be one thing"
+            raise Fault("media_kind", said, path)
+    return int(picture)

@@ -10,6 +10,8 @@ ids: those would give the text back. Training reads the text.
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -21,7 +23,8 @@ from serve.capture.record import prompt_hash
 from serve.privacy.redact import Redactor, redactor_of
 
 AS_IT_IS = frozenset({"type", "role", "id", "tool_call_id"})
-"""Keys whose values say nothing of anybody, and must stay what they are."""
+"""Keys whose values, where they are text, say nothing of anybody, and must stay what they are."""
+PICTURE = re.compile(BLOB_SCHEME + r"[0-9a-f]{64}|data:[\w/+.;=-]*;base64,[A-Za-z0-9+/=]*")
 
 
 class Scrubber:
@@ -89,12 +92,27 @@ class Scrubber:
     def _any(self, value: Any) -> Any:
         """The same JSON with every text in it redacted; references to pictures are no text."""
         if isinstance(value, str):
-            return value if value.startswith((BLOB_SCHEME, "data:")) else self._words(value)
+            return value if PICTURE.fullmatch(value) else self._words(value)
         if isinstance(value, dict):
-            return {key: one if key in AS_IT_IS else self._any(one) for key, one in value.items()}
+            return {key: self._under(key, one) for key, one in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(map(self._any, value))
         return value
+
+    def _under(self, key: str, value: Any) -> Any:
+        if isinstance(value, str) and key in AS_IT_IS:
+            return value
+        return self._arguments(value) if isinstance(value, str) and key == "arguments" else self._any(value)
+
+    def _arguments(self, text: str) -> str:
+        """A tool call's, JSON as text: its values first, for a pattern in the text may begin inside an escape."""
+        try:
+            said = json.loads(text)
+            redacted = self._any(said)
+        except (ValueError, RecursionError):
+            return self._words(text)
+        changed = json.dumps(redacted, ensure_ascii=False, separators=(",", ":"))
+        return self._words(text if redacted == said else changed)
 
     def _words(self, text: str) -> str:
         if self._redactor is None or not text:

@@ -10,12 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from noria.blobs import Blobs
-from serve.capture.chat import storage_fault
+from noria.settings import CaptureSettings
+from serve.capture.chat import CapturingMessages, storage_fault
 from serve.capture.images import decode_data_url, strip_images
 from serve.capture.record import prompt_hash, to_completion
 from serve.capture.tape import Captured, Tape
 from serve.engine.versions import ServingVersion, Trace
+from serve.input.intake import Intake, current_intake
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -196,6 +200,7 @@ def test_only_data_urls_are_taken_out(tmp_path: Path) -> None:
 
 def test_data_urls() -> None:
     assert decode_data_url(PIXEL_URL) == (PIXEL, "image/png")
+    assert decode_data_url(PIXEL_URL.replace("base64", "BASE64")) == (PIXEL, "image/png")  # as the door reads it
     assert decode_data_url("data:,a%20b") == (b"a b", "application/octet-stream")
     assert decode_data_url("http://x") is None and decode_data_url("data:image/png;base64") is None
 
@@ -206,3 +211,23 @@ def test_store_and_metadata_are_checked() -> None:
     for wrong in ({"store": "yes"}, {"metadata": {"a": 1}}, {"metadata": [1]}, {"metadata": {"k": "x" * 513}}):
         fault = storage_fault(wrong)
         assert fault is not None and fault[0] == next(iter(wrong))
+
+
+@pytest.mark.parametrize("stored", [True, False, None])
+def test_anthropic_s_route_obeys_store_and_knows_who_asks(stored: bool | None) -> None:
+    """vLLM's conversion drops both: who said `store: false` would be kept, and could not be forgotten."""
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+
+    asked = {"model": "noria", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}], "store": stored}
+    bodies = [asked, asked | {"metadata": {"user_id": "u-17"}}, asked | {"user": "u-17", "metadata": None}]
+    chat: Any = object.__new__(type("Chat", (CapturingMessages, AnthropicServingMessages), {}))
+    chat.noria_settings = CaptureSettings(default=stored is not True)
+    chat.noria_capture = object()
+    for body, user in zip(bodies, [None, "u-17", "u-17"], strict=True):
+        token = current_intake.set(Intake(lambda body=body: body))  # type: ignore[misc]
+        request = chat.to_chat_completion_request(AnthropicMessagesRequest.model_validate(body))
+        current_intake.reset(token)
+        tape = chat._tape(request, "chatcmpl-1", "noria")
+        assert (tape is not None) is (stored is not False)
+        assert request.model_dump(exclude_unset=True).get("user") == user

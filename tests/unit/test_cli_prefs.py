@@ -157,6 +157,14 @@ def sealed(lines: list[str]) -> list[str]:
         ),
         (lambda lines: sealed([lines[0], lines[2], *lines[2:]]), 5, "line 2: a picture was deleted"),
         (lambda lines: ['{"kind": "preference", "format": 9}'], 2, "line 1: format 9: a line without a header"),
+        (
+            lambda lines: sealed([*lines[:2], lines[2].replace(":1000.25", ':"x"'), *lines[3:]]),
+            *(2, "line 3 is not a line of an export: could not convert string to float"),
+        ),
+        (
+            lambda lines: sealed([*lines[:2], lines[2].replace('{"total_tokens":5}', "null"), *lines[3:]]),
+            *(2, "line 3 is not a line of an export: NOT NULL constraint failed"),
+        ),
         (lambda lines: ["[1]"], 2, "line 1 is not a line of an export: it is no object"),
     ],
 )

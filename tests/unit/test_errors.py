@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import httpx
 import pytest
+from fastapi import APIRouter, FastAPI
 
 from noria import errors
 from noria.client import error_of
 from noria.errors import WIRE, NoriaError, openai_body, wire_of
+from serve.api.errors import NoriaRoute
 
 CLASSES = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, NoriaError)]
 
@@ -57,3 +60,19 @@ def test_a_code_of_its_own_survives() -> None:
 )
 def test_bodies_that_are_not_ours_go_by_their_status(status: int, body: object, kind: type[NoriaError]) -> None:
     assert type(error_of(status, body)) is kind
+
+
+async def test_a_bug_is_logged_without_whom_it_was_asked_about(caplog: pytest.LogCaptureFixture) -> None:
+    """The path of `DELETE /noria/v1/end_users/U` names who is to be forgotten."""
+    router = APIRouter(prefix="/noria/v1", route_class=NoriaRoute)
+
+    @router.delete("/end_users/{user}")
+    async def forget(user: str) -> None:
+        raise RuntimeError
+
+    app = FastAPI()
+    app.include_router(router)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://noria") as client:
+        assert (await client.delete("/noria/v1/end_users/jane")).status_code == 500
+    (line,) = (record for record in caplog.records if record.message == "request_failed")
+    assert vars(line)["path"] == "/noria/v1/end_users/{user}"

@@ -15,6 +15,8 @@ import hashlib
 from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Any
 
+from sqlalchemy.exc import StatementError
+
 from noria.cli.prefs.framing import FORMAT, framed, kind_of, parsed, require_whole
 from noria.errors import IntegrityError, InvalidRequest, NoriaError, NotFound
 from noria.records import Choice, Completion, Feedback, Image, Json, Preference, Side
@@ -95,6 +97,8 @@ def import_file(store: Store, blobs: Blobs, source: IO[bytes], tick: Callable[[i
                 found, new = _take(store, blobs, line, None if inside else 1)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InvalidRequest(f"line {number} is not a line of an export: {error!r}") from error
+            except StatementError as error:  # its own text would show the whole row
+                raise InvalidRequest(f"line {number} is not a line of an export: {error.orig}") from error
             except NoriaError as error:
                 raise type(error)(f"line {number}: {error.message}", param=error.param, code=error.code) from error
             counts[found if new else "known"] += 1

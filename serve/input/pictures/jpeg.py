@@ -9,13 +9,15 @@ import re
 
 from serve.input.pictures.container import Broken, Container, orientation_of, span
 
-SOI, EOI, SOS, APP0, APP1, APP14, APP15, COM, TEM = 0xD8, 0xD9, 0xDA, 0xE0, 0xE1, 0xEE, 0xEF, 0xFE, 0x01
+SOI, EOI, SOS, APP0, APP1, APP14, TEM = 0xD8, 0xD9, 0xDA, 0xE0, 0xE1, 0xEE, 0x01
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn; the three others define tables
+TABLES = frozenset({0xC4, 0xCC, *range(0xDB, 0xE0)})  # Huffman, arithmetic, quantisation; lines, restarts
 RESTARTS = frozenset(range(0xD0, 0xD8))
 NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in coded data FF is followed by 00 or a restart's number
 MOST_SCANS = 100  # each runs over all pixels; progressive files have some ten
 MOST_SEGMENTS = 10_000
 PLAIN_JFIF = b"JFIF\0\x01\x01\0\0\x01\0\x01\0\0"  # no density, no thumbnail
+ADOBE = 12  # bytes, of which the last says how colours are meant
 
 
 class _Walk:
@@ -43,7 +45,9 @@ class _Walk:
         if marker == APP0 and body.startswith(b"JFIF\0"):
             thumbnail = len(body) > len(PLAIN_JFIF)
             self.kept.append(b"\xff\xe0\0\x10" + PLAIN_JFIF if thumbnail else whole)
-        elif (not APP0 <= marker <= APP15 and marker != COM) or (marker == APP14 and body.startswith(b"Adobe")):
+        elif marker == APP14 and body.startswith(b"Adobe"):
+            self.kept.append(whole if len(body) <= ADOBE else b"\xff\xee\0\x0e" + body[:ADOBE])
+        elif marker in FRAMES or marker in TABLES:
             self.kept.append(whole)
         return at + length
 

@@ -9,6 +9,7 @@ from serve.input.pictures.container import Broken, Container, orientation_of, sp
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+END = b"\0\0\0\0IEND\xaeB`\x82"
 MOST_CHUNKS = 50_000
 
 
@@ -21,10 +22,12 @@ def read_png(data: bytes) -> Container:
         end = at + 12 + length
         if end > len(data):
             raise Broken("is cut short")
+        if kind == b"IHDR" and at > len(SIGNATURE):  # decoders would believe its size
+            raise Broken("has two headers")
         if kind == b"eXIf":
             orientation = orientation_of(data[at + 8 : end - 4])
         if kind in KEPT:
-            kept.append(data[at:end])
+            kept.append(END if kind == b"IEND" else data[at:end])
             pixels |= kind == b"IDAT"
         at = end
         if kind == b"IEND":

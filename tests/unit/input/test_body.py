@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -91,6 +92,17 @@ def test_long_texts_are_no_elements() -> None:
     assert read_body(json.dumps({"prompt": text}).encode(), LIMITS) == {"prompt": text}
 
 
+def test_short_texts_take_no_more_room_than_the_body() -> None:
+    """Cut at its quotes it would be millions of pieces."""
+    body = b"[" + b'"ab",' * 1_000_000 + b'""]'
+    tracemalloc.start()
+    with pytest.raises(Fault) as refused:
+        read_body(body, LIMITS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refused.value.reason == "body_elements" and peak < 8 * len(body)
+
+
 def test_depth_is_counted_from_the_outside() -> None:
     assert read_body(b"[" * 64 + b"]" * 64, LIMITS)
     with pytest.raises(Fault, match="deeper than 8"):
@@ -126,12 +138,37 @@ def test_a_schema_is_no_picture() -> None:
 
 def test_names_of_others_pictures_and_tensors_are_refused() -> None:
     """Both would be answered from what another client sent."""
-    for part in ({**PICTURE, "uuid": "x"}, {"type": "image_url", "image_url": None, "uuid": "x"}):
+    nothing = [{kind: None, "uuid": "x"} for kind in ("image_url", "image_pil", "image_embeds", "video_url")]
+    for part in ({**PICTURE, "uuid": "x"}, {"type": "image_url", "image_url": None, "uuid": "x"}, *nothing):
         with pytest.raises(Fault) as refused:
             check_tree({"messages": [{"role": "user", "content": [part]}]}, SMALL)
         assert (refused.value.reason, refused.value.param) == ("media_uuid", "messages.0.content.0")
     with pytest.raises(Fault, match="tensors"):
         check_tree({"features": {"mm_hashes": {"image": ["x"]}, "mm_placeholders": {}}}, SMALL)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "text": "hi", "image_url": {"url": "data:image/png;base64,AAAA"}},
+        {"type": "text", "text": "hi", "video_url": "data:image/png;base64,AAAA"},
+        {"type": "refusal", "refusal": "no", "audio_url": {"url": "noria-blob:"}},
+        {**PICTURE, "video_url": {"url": "data:image/png;base64,AAAA"}},
+    ],
+)
+def test_a_part_that_is_two_things_is_refused(part: Any) -> None:
+    """The engine would read the text, and capture keep a picture that nobody has looked at."""
+    with pytest.raises(Fault) as refused:
+        check_tree({"messages": [{"role": "user", "content": [part]}]}, SMALL)
+    assert (refused.value.reason, refused.value.param) == ("media_kind", "messages.0.content.0")
+    check_tree({"documents": [part], "messages": [{"role": "user", "content": [PICTURE]}]}, SMALL)
+
+
+def test_parts_of_one_kind_pass() -> None:
+    url = PICTURE["image_url"]
+    text = {"type": "text", "text": "hi", "audio_url": None, "video_url": None}  # as some clients write all fields
+    parts = [text, {"image_url": url}, {"type": "input_image", "image_url": url}]
+    check_tree({"messages": [{"role": "user", "content": parts}]}, SMALL)
 
 
 def test_places() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 
@@ -65,6 +66,23 @@ async def test_what_is_stored_is_what_the_engine_was_given(tmp_path: Path) -> No
     assert [blobs.get(image.sha256) for image in images] == [one.data for one in given]
     assert [image.media_type for image in images] == ["image/png", "image/jpeg", "image/png"]
     assert (images[1].width, images[1].height) == (40, 60) and SECRET not in given[1].data
+
+
+async def test_an_address_that_is_named_twice_is_one_picture() -> None:
+    """However often its host changes its mind: capture knows pictures by their address."""
+    limits, sent = ImageSettings(fetch="any-public"), iter(encoded(noise(seed=seed), "PNG") for seed in range(3))
+
+    async def resolve(host: str, port: int) -> list[str]:
+        return ["93.184.215.14"]
+
+    with serving(lambda path: (200, {}, next(sent))) as web:
+        door = MediaDoor(limits, Refusals(), Fetcher(limits, resolve=resolve, dial=web.dial))
+        intake = Intake(lambda: {})
+        token = current_intake.set(intake)
+        url = "http://images.example.com/a.png"
+        given = await asyncio.gather(*(door.admit(url) for _ in range(3)))
+        current_intake.reset(token)
+    assert {one.data for one in given} == {intake.replaced[url].data}
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,17 @@ def test_what_follows_the_end_is_left_out(kind: str) -> None:
     assert admit(data + b"PK\x03\x04<script>alert(1)</script>", LIMITS).data == data
 
 
+def test_what_pixels_do_not_come_from_is_left_out() -> None:
+    """Segments and chunks that no decoder asks for, and what some carry beyond their own end."""
+    jpeg, png = encoded(noise(), "JPEG"), encoded(noise(), "PNG")
+    unknown = b"\xff\xf0" + struct.pack(">H", 2 + len(SECRET)) + SECRET
+    adobe = b"Adobe\0d\0\0\0\0\1"
+    long = b"\xff\xee" + struct.pack(">H", 2 + len(adobe + SECRET)) + adobe + SECRET
+    assert admit(jpeg[:2] + unknown + jpeg[2:], LIMITS).data == jpeg
+    assert admit(jpeg[:2] + long + jpeg[2:], LIMITS).data == jpeg[:2] + b"\xff\xee\0\x0e" + adobe + jpeg[2:]
+    assert admit(png[:-12] + chunk(b"IEND", SECRET), LIMITS).data == png
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_a_turned_picture_is_put_upright(kind: str, orientation: int) -> None:
@@ -146,8 +157,9 @@ def test_an_animation_is_its_first_frame() -> None:
         png_bomb(2**31 - 1, 2**31 - 1),
         encoded(noise(), "GIF")[:6] + struct.pack("<HH", 65535, 65535) + encoded(noise(), "GIF")[10:],
         encoded(noise(), "BMP")[:18] + struct.pack("<ii", 60_000, 60_000) + encoded(noise(), "BMP")[26:],
+        png_bomb(1, 1)[:33] + png_bomb(13_000, 13_000)[8:],  # decoders believe the second header
     ],
-    ids=["png", "largest-png", "gif-screen", "bmp"],
+    ids=["png", "largest-png", "gif-screen", "bmp", "png-headers"],
 )
 def test_a_bomb_is_refused_before_it_is_decoded(bomb: bytes) -> None:
     tracemalloc.start()
@@ -220,6 +232,14 @@ HEADS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"RIFF\0\0\0\0WEBP")
 def test_any_bytes_behind_a_head_are_refused_cleanly(tail: bytes, head: bytes) -> None:
     with pytest.raises((Broken, TooMuch)):
         admit(head + tail, LIMITS)
+
+
+@pytest.mark.parametrize("block", [b"\x21\xf9\0", b"\x01a"], ids=["extensions", "pieces"])
+def test_a_gif_of_endless_blocks_is_refused(block: bytes) -> None:
+    """Each is a step in Python; millions of them fit a file."""
+    head = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0, 0, 0) + b"\x21\xfe"
+    with pytest.raises(Broken, match="more than 500000 blocks"):
+        admit(head + (b"\x01a\0" if block[0] == 0x21 else b"") + block * 600_000, LIMITS)
 
 
 def test_a_jpeg_with_endless_scans_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from noria.records import BLOB_SCHEME, Completion
 from noria.settings import PrivacySettings
 from serve.capture.record import prompt_hash
@@ -43,6 +45,18 @@ def test_a_changed_prompt_and_a_changed_answer_lose_their_tokens() -> None:
     assert kept.end_user == asked().end_user
 
 
+def test_words_that_begin_like_an_address_of_a_picture_are_words() -> None:
+    said = ("data: jane@x.org", "data:,jane@x.org", f"{BLOB_SCHEME}jane@x.org")
+    kept = scrubber().completion(asked(messages=tuple({"role": "user", "content": one} for one in said)))
+    assert [one["content"] for one in kept.messages] == [one.replace("jane@x.org", "<EMAIL>") for one in said]
+
+
+def test_a_property_called_id_is_read_like_any_other() -> None:
+    properties = {name: {"type": "string", "default": "jane@x.org"} for name in ("id", "role", "type", "who")}
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {"properties": properties}}}]
+    assert "jane" not in str(scrubber().completion(asked(params={"tools": tools})))
+
+
 def test_what_is_clean_stays_as_it_is() -> None:
     clean = completion()
     assert scrubber().completion(clean) == clean
@@ -58,6 +72,15 @@ def test_reasoning_and_tool_calls_are_redacted_too() -> None:
     assert "jane" not in str(kept.choices)
     assert kept.choices[0].message["tool_calls"][0]["function"]["arguments"] == '{"to":"<EMAIL>"}'
     assert kept.choices[0].token_ids == ()
+
+
+def test_a_tool_call_s_arguments_stay_json() -> None:
+    """`\\njane@x.org` in JSON: the address must not take the letter of the escape along."""
+    said = {"body": "Hello\njane@x.org", "to": "j\u00e4ne@x.org", "jane@x.org": 4111111111111111}
+    call = {"id": "call_1", "type": "function", "function": {"name": "mail", "arguments": json.dumps(said)}}
+    kept = scrubber().completion(asked(messages=({"role": "assistant", "content": None, "tool_calls": [call]},)))
+    arguments = kept.messages[0]["tool_calls"][0]["function"]["arguments"]
+    assert arguments == '{"body":"Hello\\n<EMAIL>","to":"<EMAIL>","<EMAIL>":<CARD>}'
 
 
 def test_metadata_is_cut_to_the_allowed_keys_and_counted() -> None:

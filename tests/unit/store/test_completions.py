@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from sqlalchemy.exc import StatementError
 
 from noria.errors import NotFound
 from noria.records import Choice, Image, Side
@@ -30,6 +31,14 @@ def test_text_that_utf8_or_a_database_refuses_does_not_lose_the_batch(store: Sto
     kept = store.get_completion("bad").choices[0]
     assert kept.text == "nul \ufffd and \ufffd and \U0001f600"
     assert kept.message == answer.message
+
+
+def test_what_a_refused_row_held_is_not_in_the_error(store: Store) -> None:
+    """Errors go to the log, and no prompt and no user does."""
+    refused = completion("c1", end_user=7, messages=({"role": "user", "content": "my secret"},))
+    with pytest.raises(StatementError) as error:
+        store.add_completions([refused])
+    assert "INSERT INTO completions" in str(error.value) and "secret" not in str(error.value)
 
 
 def test_an_id_that_is_stored_already_stays_as_it_is(store: Store) -> None:
