@@ -66,7 +66,7 @@ async def run_aside(settings: Settings, version: str | None = None) -> int:
         app = await build_application(engine, args, gate, None, settings, refusals)
         sampling = await stack.enter_async_context(sampling_over(engine, app.state, gate, settings, audit))
         add_routers(app, build_sampling_router(sampling))
-        front = Front(access, audit, limits, refusals, settings.input)
+        front = Front(access, audit, limits, refusals, settings.input, settings.doors)
         tls = certificates.context if certificates else None
         behind = front.over(TraceMiddleware(app, gate))
         doors = Doors(behind, app.state, sock, None, server.shutdown_s, settings.doors, tls=tls)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from noria.settings import InputSettings
+from noria.settings import DoorSettings, InputSettings
 from serve.access.audit import Audit
 from serve.access.guards.grpc import AccessInterceptor
 from serve.access.guards.http import AccessMiddleware
@@ -31,6 +31,7 @@ class Front:
     limits: Limits
     refusals: Refusals
     input: InputSettings
+    doors: DoorSettings
 
     def over(self, app: Any) -> Any:
         """The ASGI application behind the checks."""
@@ -40,4 +41,4 @@ class Front:
     def interceptors(self) -> list[Any]:
         """The same for grpc.aio, outermost first."""
         checks = InputInterceptor(self.input, self.refusals)
-        return [AccessInterceptor(self.access), LimitsInterceptor(self.limits), checks]
+        return [AccessInterceptor(self.access, self.doors.message_s), LimitsInterceptor(self.limits), checks]

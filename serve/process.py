@@ -98,7 +98,7 @@ async def run(settings: Settings, model: str | None = None) -> int:
         )
         stored = build_stored_router(store, blobs, capture, audit, scrubber)
         add_routers(app, stored, build_sampling_router(sampling), build_router(handlers))
-        front = Front(access, audit, limits, refusals, settings.input)
+        front = Front(access, audit, limits, refusals, settings.input, settings.doors)
         doors, grpc_port = await _doors(app, gate, handlers, sampling, front, sock, certificates)
         stop.on_second(doors.force)
         stack.push_async_callback(doors.close)

@@ -60,6 +60,8 @@ class GrpcSettings(Section):
     """How long it waits for the answer before it drops the connection, and the generations on it, in seconds."""
     permit_without_calls: bool = True
     """Take and send pings also while no call runs, so that clients may keep connections open."""
+    max_streams: int = Field(1024, ge=1)
+    """Calls that run on one connection at once; further ones wait at their sender."""
     min_ping_interval_s: float = Field(10.0, ge=0)
     """The shortest time between a client's pings, in seconds; quicker ones are strikes."""
     max_ping_strikes: int = Field(2, ge=0)
@@ -79,7 +81,10 @@ class DoorSettings(Section):
     """While a body is awaited, this many seconds must not pass with less than `body_bytes_per_s` on average."""
     body_bytes_per_s: int = Field(8192, ge=1)
     """The slowest pace at which a body may arrive, in bytes per second."""
+    message_s: float = Field(60.0, gt=0)
+    """Longest time from the beginning of a gRPC call to the end of its message, in seconds. Eight are read at once; one
+    that takes longer than 5 s gives way where others wait."""
     stalled_s: float = Field(60.0, gt=0)
     """How long an answer may wait for a client that does not read on, in seconds; then the connection ends."""
     connections: int = Field(4096, ge=1)
-    """Most open HTTP connections; one more is answered with 503 and closed."""
+    """Most open connections, on HTTP and on gRPC each. One more is closed, on HTTP with a 503."""

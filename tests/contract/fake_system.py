@@ -186,7 +186,7 @@ class FakeSystem:
             keeping = asyncio.create_task(sampling.keep())
             self.health, tls = Health(), self.certificates
             gate.on_failure(self.health.engine_lost)
-            front = Front(access, audit, limits, self.refusals, self._settings.input)
+            front = Front(access, audit, limits, self.refusals, self._settings.input, self._settings.doors)
             rpc, self.grpc_port = await build_server(
                 handlers,
                 self.chat,

@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from noria.settings import DoorSettings
 from tests.contract.doors import GrpcDoor, HttpDoor, chat_body, chat_request
 from tests.contract.fake_system import FakeSystem
 
-DOORS = DoorSettings(head_s=1.0, body_window_s=1.0, body_bytes_per_s=64, stalled_s=1.5, connections=40)
+DOORS = DoorSettings(head_s=1.0, body_window_s=1.0, body_bytes_per_s=64, stalled_s=1.5, message_s=1.0, connections=40)
 PATIENCE_S = 30.0
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "temperature": 1, "store": False}
 
@@ -182,6 +183,38 @@ def test_a_silent_grpc_connection_is_ended(fake: FakeSystem, said: bytes) -> Non
         one.sendall(said)
         assert GrpcDoor(f"127.0.0.1:{fake.grpc_port}").status()["serving"] == "v1"
         until_closed(one)
+
+
+def test_grpc_messages_that_do_not_come_keep_nobody_out(fake: FakeSystem) -> None:
+    """Forty calls that never say what they want: each ends in its time, and one that does is answered among them."""
+
+    def never() -> Iterator[bytes]:
+        time.sleep(PATIENCE_S)
+        yield b""
+
+    with grpc.insecure_channel(f"127.0.0.1:{fake.grpc_port}") as channel:
+        begin = channel.stream_unary("/noria.v1.InferenceService/CreateChatCompletion")
+        held = [begin.future(never(), timeout=PATIENCE_S) for _ in range(40)]
+        assert GrpcDoor(f"127.0.0.1:{fake.grpc_port}").chat("what?")["choices"]
+        assert {one.code() for one in held} == {grpc.StatusCode.INVALID_ARGUMENT}
+    answers(fake)
+
+
+def test_a_crowd_of_messages_is_read(fake: FakeSystem) -> None:
+    """More at once than are read at once: all are answered."""
+    door = GrpcDoor(f"127.0.0.1:{fake.grpc_port}")
+    calls = [door.inference.CreateChatCompletion.future(chat_request(f"{n}" * 100_000, None)) for n in range(60)]
+    assert all(one.result(PATIENCE_S).choices for one in calls)
+
+
+def test_no_more_than_so_many_grpc_connections(fake: FakeSystem) -> None:
+    """One too many is closed; when the others have gone there is room again."""
+    with ExitStack() as stack:
+        for _ in range(DOORS.connections + 5):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", fake.grpc_port), timeout=PATIENCE_S))
+            one.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        assert until_closed(one) == b""
+    answers(fake)
 
 
 def test_no_more_than_so_many_connections(fake: FakeSystem) -> None:

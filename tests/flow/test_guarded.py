@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -40,7 +41,7 @@ class Guarded:
 
     def openai(self, role: str) -> OpenAI:
         """OpenAI's own client, as an application has it."""
-        http = httpx.Client(verify=self.papers.trust(client=role).context())
+        http: Any = httpx.Client(verify=self.papers.trust(client=role).context())
         return OpenAI(base_url=f"{self.url}/v1", api_key=self.keys[role], http_client=http, max_retries=0, timeout=120)
 
 
@@ -72,9 +73,9 @@ def ask(client: OpenAI, text: str) -> str:
 def test_nobody_comes_in_without_both(guarded: Guarded) -> None:
     """No certificate: no connection. No key, or one of another role: the refusal says so, on both wires."""
     assert guarded.url.startswith("https://")
-    with NoriaClient(guarded.url, api_key=guarded.keys["operator"], trust=guarded.papers.trust()) as bare:
-        with pytest.raises(Unavailable):
-            bare.status()
+    bare = NoriaClient(guarded.url, api_key=guarded.keys["operator"], trust=guarded.papers.trust())
+    with bare, pytest.raises(Unavailable):
+        bare.status()
     with guarded.noria("client") as client, pytest.raises(Forbidden):
         client.create_job(method="grpo")
     with guarded.openai("annotator") as annotator, pytest.raises(PermissionDeniedError):

@@ -5,67 +5,41 @@ Comes in: a call's details. Goes out: the method's handler, run as the caller; o
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
 
-from noria.errors import InvalidRequest, NoriaError
+from noria.errors import NoriaError
 from serve.access.caller import Caller, current_caller, current_wire
 from serve.access.keys import Access
 from serve.access.roles import OPEN_METHODS, grpc_roles
 from serve.api.grpc.calls import abort
+from serve.wires.arrival import Arrivals
 
-PROBE_S = 5.0
-MOST_UNREAD = 8  # of at most `server.grpc.max_message_mib` each
+PROBE_S = 5.0  # a probe's message comes with its head
 
 
 class AccessInterceptor(grpc.aio.ServerInterceptor):
     """Lets a call in as its caller, or ends it with UNAUTHENTICATED, PERMISSION_DENIED or UNAVAILABLE."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, message_s: float) -> None:
+        """A caller's message has `message_s` to arrive; strangers, who may only probe, have a bound of their own."""
         self._access = access
-        self._unread: deque[asyncio.Timeout] = deque()  # of probes whose message has not come, oldest first
+        self._probes, self._messages = Arrivals(PROBE_S, grace_s=0.0), Arrivals(message_s)
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         """The handler to run."""
         if details.method.startswith(OPEN_METHODS):
-            return self._read_soon(await continuation(details))
+            return self._probes.soon(await continuation(details))
         header = dict(details.invocation_metadata).get("authorization")
         try:
             caller = await self._access.admit(header, grpc_roles(details.method))
         except NoriaError as error:
             return _refusal(error)
         _enter(caller)  # interceptors behind this one are run in this very task
-        return _as_caller(await continuation(details), caller)
-
-    def _read_soon(self, handler: Any) -> Any:
-        """The same handler, whose message comes soon or not at all: gRPC would hold it, as far as it has come, for as
-        long as anybody likes. The newest are waited for; a probe's message comes with its head."""
-        if handler is None:
-            return None
-        run = handler.unary_stream if handler.response_streaming else handler.unary_unary
-
-        async def answer(requests: Any, context: Any) -> Any:
-            try:
-                async with asyncio.timeout(PROBE_S) as patience:
-                    self._unread.append(patience)
-                    if len(self._unread) > MOST_UNREAD and not (oldest := self._unread.popleft()).expired():
-                        oldest.reschedule(0)  # long past
-                    request = await anext(aiter(requests))
-            except (TimeoutError, StopAsyncIteration):
-                await abort(context, InvalidRequest("the message did not come"))
-            finally:
-                if patience in self._unread:
-                    self._unread.remove(patience)
-            return await run(request, context)
-
-        kind = "stream" if handler.response_streaming else "unary"
-        make = getattr(grpc, f"stream_{kind}_rpc_method_handler")
-        return make(answer, handler.request_deserializer, handler.response_serializer)
+        return _as_caller(self._messages.soon(await continuation(details)), caller)
 
 
 def _enter(caller: Caller) -> None:

@@ -64,6 +64,7 @@ async def build_server(
         options=[
             *connection_options(wire.grpc, wire.shutdown_s),
             ("grpc.server_handshake_timeout_ms", int(doors.head_s * 1000)),
+            ("grpc.max_allowed_incoming_connections", doors.connections),
         ],
         compression=COMPRESSION[wire.grpc.compression],
     )
@@ -86,6 +87,7 @@ def connection_options(settings: GrpcSettings, shutdown_s: float) -> list[tuple[
     options = {
         "grpc.max_receive_message_length": size,
         "grpc.max_send_message_length": size,
+        "grpc.max_concurrent_streams": settings.max_streams,
         "grpc.so_reuseport": 0,  # else two servers share a port in silence
         "grpc.keepalive_time_ms": int(settings.keepalive_time_s * 1000),
         "grpc.keepalive_timeout_ms": int(settings.keepalive_timeout_s * 1000),

@@ -105,4 +105,5 @@ def test_where_servers_are_looked_for(tmp_path: Path) -> None:
             info = {"url": f"http://h:{number}", "grpc": f"h:{number}00"}
             store.beat(ProcessInfo(f"server-{number}", "server", at, info))
         store.beat(ProcessInfo("trainer-1", "trainer", time.time(), {}))
-        assert list(beating()) == ["grpc://h:100", "grpc://h:200"]
+        store.beat(ProcessInfo("server-4", "server", time.time(), {"url": "https://h:4", "grpc": "h:400"}))
+        assert list(beating()) == ["grpc://h:100", "grpc://h:200", "grpcs://h:400"]

@@ -108,8 +108,9 @@ def addresses(named: Sequence[str], settings: Settings, store: Store) -> Callabl
         return lambda: fixed
 
     def beating() -> Sequence[str]:
-        found = store.processes("server", fresh_s=FRESH_S)
-        return sorted(f"grpc://{one.info['grpc']}" for one in found if one.info.get("grpc"))
+        found = [one.info for one in store.processes("server", fresh_s=FRESH_S) if one.info.get("grpc")]
+        secure = [str(info.get("url")).startswith("https:") for info in found]
+        return sorted(f"grpc{'s' if tls else ''}://{info['grpc']}" for info, tls in zip(found, secure, strict=True))
 
     return beating
 
