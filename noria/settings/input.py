@@ -28,6 +28,8 @@ class ImageSettings(Section):
     """Longest side of a picture, in pixels."""
     max_count: int = Field(20, ge=1)
     """Most pictures in a request."""
+    max_request_pixels: int = Field(160_000_000, ge=1)
+    """Most pixels of all pictures of a request together: the engine's door holds them decoded, 3 bytes each."""
     fetch: Literal["off", "listed", "any-public"] = "off"
     """Whether the server fetches http(s) addresses: never, from `allowed_hosts` alone, or from any public address.
     Addresses that are not public (private, loopback, link-local, metadata) are never called."""

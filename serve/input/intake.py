@@ -18,11 +18,13 @@ from serve.input.tree import place_of
 class Intake:
     """`body` gives the request's values again, for it is asked only where something is refused.
 
-    `replaced` has, by the URL that the request named, each picture that does not go on as it came.
+    `replaced` has, by the URL that the request named, each picture that does not go on as it came; `pixels` are those
+    of all pictures so far.
     """
 
     body: Callable[[], Any]
     replaced: dict[str, Admitted] = field(default_factory=dict)
+    pixels: int = 0
 
     def place(self, url: str) -> str | None:
         """Where in the request the URL stands."""

@@ -41,6 +41,11 @@ class MediaDoor:
             raise self.refused(url, error.reason, str(error), intake) from error
         except Broken as error:
             raise self.refused(url, "image_broken", str(error), intake) from error
+        if intake is not None:
+            intake.pixels += admitted.pixels
+            if intake.pixels > self.limits.max_request_pixels:
+                said = f"makes it more than {self.limits.max_request_pixels} pixels in one request"
+                raise self.refused(url, "image_pixels", f"{said} (input.images.max_request_pixels)", intake)
         if intake is not None and (scheme_of(url) != "data" or admitted.data is not sent):
             return intake.replaced.setdefault(url, admitted)  # a host may say something else to each who asks
         return admitted

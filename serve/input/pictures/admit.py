@@ -46,6 +46,7 @@ class Admitted:
 
     data: bytes
     media_type: str
+    pixels: int
 
 
 def admit(data: bytes, limits: ImageSettings) -> Admitted:
@@ -60,7 +61,7 @@ def admit(data: bytes, limits: ImageSettings) -> Admitted:
     _check_size(container.width, container.height, limits)
     if container.redraw or container.orientation != 1:
         return _redrawn(container, kind)
-    return Admitted(container.data, f"image/{kind}")
+    return Admitted(container.data, f"image/{kind}", container.pixels)
 
 
 def format_of(data: bytes) -> str:
@@ -106,11 +107,11 @@ def _redrawn(container: Container, kind: str) -> Admitted:
     out = BytesIO()
     if kind == "jpeg" and picture.mode in ("L", "RGB", "CMYK"):
         picture.save(out, "JPEG", quality=REDRAWN_QUALITY, subsampling=0)
-        return Admitted(out.getvalue(), "image/jpeg")
+        return Admitted(out.getvalue(), "image/jpeg", container.pixels)
     if picture.mode not in PNG_MODES:
         picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     picture.save(out, "PNG", compress_level=3)
-    return Admitted(out.getvalue(), "image/png")
+    return Admitted(out.getvalue(), "image/png", container.pixels)
 
 
 def _upright(picture: Image, orientation: int) -> Image:

@@ -61,6 +61,7 @@ async def test_what_is_stored_is_what_the_engine_was_given(tmp_path: Path) -> No
         given = [await door.admit(url) for url in urls]
         current_intake.reset(token)
     assert set(intake.replaced) == {turned, "http://images.example.com/a.png"}
+    assert intake.pixels == 3 * 2400
     blobs = Blobs(f"file://{tmp_path}")
     _, images = strip_images(messages, blobs, intake.replaced)
     assert [blobs.get(image.sha256) for image in images] == [one.data for one in given]
@@ -70,7 +71,7 @@ async def test_what_is_stored_is_what_the_engine_was_given(tmp_path: Path) -> No
 
 async def test_an_address_that_is_named_twice_is_one_picture() -> None:
     """However often its host changes its mind: capture knows pictures by their address."""
-    limits, sent = ImageSettings(fetch="any-public"), iter(encoded(noise(seed=seed), "PNG") for seed in range(3))
+    limits, sent = ImageSettings(fetch="any-public"), iter([encoded(noise(seed=seed), "PNG") for seed in range(3)])
 
     async def resolve(host: str, port: int) -> list[str]:
         return ["93.184.215.14"]
@@ -162,3 +163,20 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None
     for images in ({"fetch": "listed"}, {"allowed_hosts": ["a"]}, {"fetch": "any-public", "allowed_hosts": ["a"]}):
         with pytest.raises(SettingsError, match="allowed_hosts"):
             load_settings(home=tmp_path, input={"images": images})
+
+
+async def test_the_pictures_of_a_request_are_measured_together() -> None:
+    """Each alone would do; the one that is too much is told, and a request of its own may have it."""
+    limits = ImageSettings(max_request_pixels=5000)
+    door, url = MediaDoor(limits, Refusals()), data_url(encoded(noise(), "PNG"))
+    for asked in (2, 3):
+        token = current_intake.set(Intake(lambda: {}))
+        try:
+            for number in range(asked):
+                if number == 2:
+                    with pytest.raises(InputRefused, match=r"more than 5000 pixels in one request"):
+                        await door.admit(url)
+                else:
+                    await door.admit(url)
+        finally:
+            current_intake.reset(token)
