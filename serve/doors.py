@@ -63,14 +63,16 @@ class Doors:
         import uvicorn
         from vllm.entrypoints.launchers.launcher import NoSignalServer
 
+        limits = limits or DoorSettings()
         self.ended: Counter[Reason] = Counter()
         self._exported = export_ended(self.ended)
         config = uvicorn.Config(
             app,
-            http=patient(limits or DoorSettings(), self.ended),
+            http=patient(limits, self.ended),
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=math.ceil(shutdown_s),
+            timeout_keep_alive=math.ceil(limits.keep_alive_s),
             ssl_context_factory=None if tls is None else lambda *_: tls,
         )
         server = NoSignalServer if tls is None else type("HttpsServer", (Https, NoSignalServer), {})

@@ -41,4 +41,4 @@ class Front:
     def interceptors(self) -> list[Any]:
         """The same for grpc.aio, outermost first."""
         checks = InputInterceptor(self.input, self.refusals)
-        return [AccessInterceptor(self.access, self.doors.message_s), LimitsInterceptor(self.limits), checks]
+        return [AccessInterceptor(self.access, self.doors), LimitsInterceptor(self.limits), checks]

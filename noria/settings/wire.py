@@ -82,8 +82,14 @@ class DoorSettings(Section):
     body_bytes_per_s: int = Field(8192, ge=1)
     """The slowest pace at which a body may arrive, in bytes per second."""
     message_s: float = Field(60.0, gt=0)
-    """Longest time from the beginning of a gRPC call to the end of its message, in seconds. Eight are read at once; one
-    that takes longer than 5 s gives way where others wait."""
+    """Longest time from the beginning of a gRPC call to the end of its message, in seconds; 5 s where others wait for
+    its place."""
+    messages: int = Field(64, ge=1)
+    """gRPC messages that are read at once, of `server.grpc.max_message_mib` at most each; others wait at their senders.
+    Fewer hold less, and hold up a crowd on a busy machine."""
+    keep_alive_s: float = Field(75.0, ge=1)
+    """How long an HTTP connection is kept open between requests, in seconds. Longer than clients and balancers keep
+    theirs, or now and then one asks on a connection that is just being closed."""
     stalled_s: float = Field(60.0, gt=0)
     """How long an answer may wait for a client that does not read on, in seconds; then the connection ends."""
     connections: int = Field(4096, ge=1)

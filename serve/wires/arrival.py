@@ -15,18 +15,17 @@ import grpc
 from noria.errors import InvalidRequest
 from serve.api.grpc.calls import abort
 
-MOST_AT_ONCE = 8  # of at most `server.grpc.max_message_mib` each
 GRACE_S = 5.0
 
 
 class Arrivals:
-    """The messages that are being read: at most `MOST_AT_ONCE`, each for `patience_s` or, while others wait for its
-    place, for `GRACE_S`. A message that comes with its head is there at once, so that a crowd waits for milliseconds.
+    """The messages that are being read: at most `at_once`, each for `patience_s` or, while others wait for its place,
+    for `GRACE_S`. A message that comes with its head takes a turn or two of the event loop.
     """
 
-    def __init__(self, patience_s: float, grace_s: float = GRACE_S) -> None:
+    def __init__(self, at_once: int, patience_s: float, grace_s: float = GRACE_S) -> None:
         self._patience_s, self._grace_s = patience_s, min(grace_s, patience_s)
-        self._room = asyncio.Semaphore(MOST_AT_ONCE)
+        self._room = asyncio.Semaphore(at_once)
         self._began: dict[asyncio.Timeout, float] = {}  # oldest first; those that are told to hurry are gone
 
     def soon(self, handler: Any) -> Any:

@@ -17,7 +17,9 @@ from noria.settings import DoorSettings
 from tests.contract.doors import GrpcDoor, HttpDoor, chat_body, chat_request
 from tests.contract.fake_system import FakeSystem
 
-DOORS = DoorSettings(head_s=1.0, body_window_s=1.0, body_bytes_per_s=64, stalled_s=1.5, message_s=1.0, connections=40)
+DOORS = DoorSettings(
+    head_s=1.0, body_window_s=1.0, body_bytes_per_s=64, stalled_s=1.5, message_s=1.0, messages=8, connections=40
+)
 PATIENCE_S = 30.0
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "temperature": 1, "store": False}
 

@@ -12,22 +12,24 @@ from typing import Any
 import grpc
 
 from noria.errors import NoriaError
+from noria.settings import DoorSettings
 from serve.access.caller import Caller, current_caller, current_wire
 from serve.access.keys import Access
 from serve.access.roles import OPEN_METHODS, grpc_roles
 from serve.api.grpc.calls import abort
 from serve.wires.arrival import Arrivals
 
-PROBE_S = 5.0  # a probe's message comes with its head
+PROBES, PROBE_S = 8, 5.0  # a probe's message comes with its head
 
 
 class AccessInterceptor(grpc.aio.ServerInterceptor):
     """Lets a call in as its caller, or ends it with UNAUTHENTICATED, PERMISSION_DENIED or UNAVAILABLE."""
 
-    def __init__(self, access: Access, message_s: float) -> None:
-        """A caller's message has `message_s` to arrive; strangers, who may only probe, have a bound of their own."""
+    def __init__(self, access: Access, doors: DoorSettings) -> None:
+        """Callers' messages have their time and number; strangers, who may only probe, have a bound of their own."""
         self._access = access
-        self._probes, self._messages = Arrivals(PROBE_S, grace_s=0.0), Arrivals(message_s)
+        self._probes = Arrivals(PROBES, PROBE_S, grace_s=0.0)
+        self._messages = Arrivals(doors.messages, doors.message_s)
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         """The handler to run."""
