@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +25,7 @@ ANSWER_S = 120.0
 BACK_S = 0.25
 HONEST = ("RESOURCE_EXHAUSTED", "UNAVAILABLE")
 TOKENS = 16
+WIRES = ("http", "grpc")
 
 
 @dataclass
@@ -38,23 +41,49 @@ class Got:
 
 
 class Crowd:
-    """So many clients on one server. `tag` marks their completions in the store."""
+    """So many clients on one server. `tag` marks their completions in the store.
+
+    Each wire has a process: in one event loop the clients of one wire would wait for those of the other, and we would
+    measure ourselves.
+    """
 
     def __init__(self, url: str, address: str, clients: int, tag: str) -> None:
-        self._url, self._address, self.tag = url, address, tag
-        self.got = [Got("http" if number % 2 == 0 else "grpc") for number in range(clients)]
+        self._asked = url, address, tag
+        self._wires = [(wire, [n for n in range(clients) if n % 2 == odd]) for odd, wire in enumerate(WIRES)]
+        self.tag, self.got = tag, [Got(WIRES[number % 2]) for number in range(clients)]
 
     async def run(self, seconds: float) -> None:
         """Lets them all ask until the time is over; returns when the last answer has come."""
+        loop, context = asyncio.get_running_loop(), multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(len(WIRES), context) as processes:
+            asked = [loop.run_in_executor(processes, _half, *self._asked, *half, seconds) for half in self._wires]
+            halves = await asyncio.gather(*asked)
+        for (_, numbers), half in zip(self._wires, halves, strict=True):
+            for number, got in zip(numbers, half, strict=True):
+                self.got[number] = got
+
+
+def _half(url: str, address: str, tag: str, wire: str, numbers: list[int], seconds: float) -> list[Got]:
+    """The clients of one wire, in a process of their own."""
+    return asyncio.run(_Half(url, address, tag).run(wire, numbers, seconds))
+
+
+class _Half:
+    def __init__(self, url: str, address: str, tag: str) -> None:
+        self._url, self._address, self._tag = url, address, tag
+
+    async def run(self, wire: str, numbers: list[int], seconds: float) -> list[Got]:
+        got = [Got(wire) for _ in numbers]
         until = time.monotonic() + seconds
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)  # sooner than the server ends them
         async with (
             httpx.AsyncClient(base_url=self._url, timeout=ANSWER_S, limits=limits) as http,
             grpc.aio.insecure_channel(self._address) as channel,
         ):
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
-            clients = (self._client(number, got, http, stub, until) for number, got in enumerate(self.got))
-            await asyncio.gather(*clients)
+            clients = zip(numbers, got, strict=True)
+            await asyncio.gather(*(self._client(number, one, http, stub, until) for number, one in clients))
+        return got
 
     async def _client(self, number: int, got: Got, http: httpx.AsyncClient, stub: Any, until: float) -> None:
         turn = 0
@@ -66,7 +95,7 @@ class Crowd:
                 "temperature": 1,
                 "seed": number * 100_000 + turn,
                 "store": True,
-                "metadata": {"soak": self.tag},
+                "metadata": {"soak": self._tag},
             }
             try:
                 if got.wire == "http":

@@ -56,6 +56,7 @@ class Plan:
             "NORIA_DOORS__HEAD_S": str(self.head_s),
             "NORIA_DOORS__BODY_WINDOW_S": str(self.head_s),
             "NORIA_DOORS__STALLED_S": str(self.stalled_s),
+            "NORIA_DOORS__KEEP_ALIVE_S": str(2 * self.stalled_s),
         }
 
 
