@@ -39,6 +39,7 @@ ASKED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "record_feedback": (("c", 1), {"thumb": "up"}, "POST /noria/v1/feedback"),
     "feedback": ((), {}, "GET /noria/v1/feedback"),
     "delete_feedback": (("fb_1",), {}, "DELETE /noria/v1/feedback/fb_1"),
+    "audit_events": ((), {"action": "create_job", "limit": 2}, "GET /noria/v1/audit"),
     "forget_end_user": (("u",), {}, "DELETE /noria/v1/end_users/u"),
 }
 

@@ -234,7 +234,7 @@ def test_blank_and_unreadable_answers_are_left_out_and_counted() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from("abc"), st.sampled_from("pqr"), st.sampled_from(["x", None]))))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_every_thumb_lands_in_one_count_and_a_prompt_on_one_side(
     drawn: list[tuple[bool, str, str, str | None]],
 ) -> None:

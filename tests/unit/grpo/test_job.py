@@ -18,6 +18,7 @@ from noria.records import Choice, Completion, Job, Json
 from noria.registry import Base, ManifestDraft
 from noria.settings import Settings
 from noria.store import Store
+from noria.tls import Trust
 from tests.unit.grpo.sampler import TinySampler
 from tests.unit.stages.material import write_data
 from train.daemon import Trainer, job_context
@@ -133,7 +134,8 @@ def test_a_job_learns_from_captured_conversations(trainer: Trainer, pool: Pool) 
     assert trainer.store.get_snapshot(found["id"]).train == ()
     told = learn.run(ctx)
     assert (told["steps"], told["answers"]) == (2, 16)
-    assert pool.made == [{"addresses": ("http://there:1",), "api_key": None, "concurrency": 8, "give_up_s": 5.0}]
+    asked = {"addresses": ("http://there:1",), "api_key": None, "concurrency": 8, "give_up_s": 5.0}
+    assert pool.made == [{**asked, "trust": Trust()}]
     assert [name.rpartition("-")[2] for name in pool.names] == ["u0", "u1"]
     assert pool.names[0].startswith(f"{ctx.job.id}-a1-")
     assert (pool.loaded, pool.closed) == ({}, True)
