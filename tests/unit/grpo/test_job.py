@@ -134,8 +134,8 @@ def test_a_job_learns_from_captured_conversations(trainer: Trainer, pool: Pool) 
     assert trainer.store.get_snapshot(found["id"]).train == ()
     told = learn.run(ctx)
     assert (told["steps"], told["answers"]) == (2, 16)
-    asked = {"addresses": ("http://there:1",), "api_key": None, "concurrency": 8, "give_up_s": 5.0}
-    assert pool.made == [{**asked, "trust": Trust()}]
+    made = {"addresses": ("http://there:1",), "api_key": None, "concurrency": 8, "give_up_s": 5.0}
+    assert pool.made == [{**made, "trust": Trust()}]
     assert [name.rpartition("-")[2] for name in pool.names] == ["u0", "u1"]
     assert pool.names[0].startswith(f"{ctx.job.id}-a1-")
     assert (pool.loaded, pool.closed) == ({}, True)
