@@ -1,9 +1,10 @@
 """Asks about a picture over gRPC: its bytes travel as they are, without base64.
 
-python examples/chat_image_grpc.py [HOST:PORT] [PICTURE]
+python examples/chat_image_grpc.py [HOST:PORT] [PICTURE]     NORIA_API_KEY: a key with the role client
 """
 
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 from noria.v1 import inference_pb2 as pb
 from noria.v1 import inference_pb2_grpc
 
+KEY = (("authorization", f"Bearer {os.environ.get('NORIA_API_KEY', 'none')}"),)  # unread by a server without keys
 address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051"
 if len(sys.argv) > 2:
     picture = Path(sys.argv[2]).read_bytes()
@@ -29,7 +31,6 @@ with grpc.insecure_channel(address) as channel:
     message.parts.add().image.data = picture
     message.parts.add().text = "Which colour is it?"
 
-    # A server with keys wants metadata=(("authorization", "Bearer KEY"),) with every call.
-    answer = inference.CreateChatCompletion(request, timeout=60)
+    answer = inference.CreateChatCompletion(request, timeout=60, metadata=KEY)
 
 print(f"{answer.model_version} says: {answer.choices[0].message.content}")

@@ -1,9 +1,12 @@
 """Starts a job, watches it to its end, and waits until its version answers; the awaited client.
 
-python examples/retrain_watch.py [URL]
+python examples/retrain_watch.py [URL]     NORIA_API_KEY: a key with the role operator
+
+A trainer has to run (`noria up` starts one); until then the job is queued.
 """
 
 import asyncio
+import os
 import sys
 
 from noria.client import AsyncNoriaClient
@@ -12,7 +15,7 @@ from noria.errors import NoriaError
 
 async def main(url: str) -> None:
     """One turn of the wheel."""
-    async with AsyncNoriaClient(url) as client:
+    async with AsyncNoriaClient(url, api_key=os.environ.get("NORIA_API_KEY")) as client:
         before = (await client.status())["live"]
         job = await client.create_job(method="dpo", settings={"min_pairs": 1, "dpo": {"beta": 0.2}}, rollout="none")
         async for event in client.watch_job(job["id"]):

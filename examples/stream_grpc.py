@@ -1,9 +1,10 @@
 """Reads an answer as it is generated, within a deadline; asyncio throughout.
 
-python examples/stream_grpc.py [HOST:PORT]
+python examples/stream_grpc.py [HOST:PORT]     NORIA_API_KEY: a key with the role client
 """
 
 import asyncio
+import os
 import sys
 
 import grpc
@@ -11,6 +12,7 @@ import grpc
 from noria.v1 import inference_pb2 as pb
 from noria.v1 import inference_pb2_grpc
 
+KEY = (("authorization", f"Bearer {os.environ.get('NORIA_API_KEY', 'none')}"),)  # unread by a server without keys
 ENOUGH = 200  # characters
 
 
@@ -20,7 +22,9 @@ async def main(address: str) -> None:
         inference = inference_pb2_grpc.InferenceServiceStub(channel)
         request = pb.CreateChatCompletionRequest(temperature=0.7, max_tokens=64)
         request.messages.add(role="user", content="Tell me about water wheels.")
-        call = inference.StreamChatCompletion(request, timeout=60)  # past the deadline the engine stops, too
+        call = inference.StreamChatCompletion(
+            request, timeout=60, metadata=KEY
+        )  # past the deadline the engine stops, too
         read = 0
         try:
             async for chunk in call:

@@ -16,10 +16,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from noria.access.audit import OK, AuditEvent, Noted, new_event, result_of
-from noria.errors import NoriaError
+from noria.errors import NoriaError, NotFound
 from noria.records import Json
 from noria.store import Store
 from serve.access.caller import current_caller, current_wire
+from serve.access.roles import OPERATOR
 from serve.api.schemas import AuditPage, listing, parse
 
 log = logging.getLogger("noria.audit")
@@ -48,6 +49,8 @@ class Audit:
     async def note(self, action: str, target: str | None, result: str) -> None:
         """Writes a line of the current caller."""
         caller, wire = current_caller.get(), current_wire.get()
+        if result == NotFound.code and not OPERATOR & caller.roles:  # or any client could fill the store
+            return
         event = new_event(
             key_id=caller.key_id, name=caller.name, action=action, target=target, result=result, wire=wire
         )

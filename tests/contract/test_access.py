@@ -304,6 +304,18 @@ def test_what_operators_do_is_written_down(keyed: Keyed, name: str) -> None:
     assert [one.at for one in kept] == sorted(one.at for one in kept)
 
 
+def test_a_client_fills_no_log_with_what_does_not_exist(keyed: Keyed) -> None:
+    """What it deletes of its own stands there; what it only tried does not."""
+    made, key = keyed.store.create_key("deleter", ["client"])
+    http = HttpDoor(keyed.url, key)
+    assert waited(lambda: http.client.get("/v1/models").status_code == 200)
+    own = http.chat("mine", store=True)["id"]
+    answers = [http.client.delete(f"/v1/chat/completions/{id_}").status_code for id_ in ("chatcmpl-none", own, own)]
+    assert answers == [404, 200, 404]
+    kept = keyed.store.list_audit_events(key_id=made.id, order="asc", limit=100)
+    assert [(one.action, one.target, one.result) for one in kept] == [("delete_completion", own, "ok")]
+
+
 def test_the_audit_log_is_the_same_through_both_doors(keyed: Keyed) -> None:
     http, rpc = keyed.doors(keyed.keys["operator"])
     for door in (http, rpc):

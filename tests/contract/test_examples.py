@@ -70,7 +70,7 @@ def test_preference_grpc(running: System) -> None:
 
 def test_openai_feedback(running: System) -> None:
     said = run("openai_feedback.py", ports(running)[0])
-    assert "kept as pref_" in said and "preferences wait for training" in said
+    assert "kept as pref_" in said and "until a training reads it" in said
     newest = running.http.preferences(limit=1)["data"][0]
     assert (newest["source"], newest["chosen"]) == ("edit", {"text": "Blue, mostly."})
 
