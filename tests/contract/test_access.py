@@ -308,7 +308,7 @@ def test_a_client_fills_no_log_with_what_does_not_exist(keyed: Keyed) -> None:
     """What it deletes of its own stands there; what it only tried does not."""
     made, key = keyed.store.create_key("deleter", ["client"])
     http = HttpDoor(keyed.url, key)
-    assert waited(lambda: http.client.get("/v1/models").status_code == 200)
+    assert waited(lambda: http.client.get("/noria/v1/limits").status_code == 200)
     own = http.chat("mine", store=True)["id"]
     answers = [http.client.delete(f"/v1/chat/completions/{id_}").status_code for id_ in ("chatcmpl-none", own, own)]
     assert answers == [404, 200, 404]
