@@ -56,7 +56,9 @@ def answers(url: str, seed: int) -> list[Answered]:
 def collect(url: str, noria: NoriaClient, wanted: int) -> int:
     """Records preferences until there are so many. Raises TrainingError where the rule finds too few."""
     recorded = int(noria.status()["preferences"]["total"])
-    for turn in range(MOST_ROUNDS if recorded < wanted else 0):
+    for turn in range(MOST_ROUNDS):
+        if recorded >= wanted:
+            return recorded
         for one in ask_all(connect(url), training(), n=2, seed=1000 * turn, tick=lambda: None):
             verdict = judge(one.question, one.texts[0], one.texts[1])
             if verdict in ("first", "second"):
@@ -64,8 +66,6 @@ def collect(url: str, noria: NoriaClient, wanted: int) -> int:
                 chosen, rejected = sides if verdict == "first" else reversed(sides)
                 noria.record_preference(chosen=chosen, rejected=rejected, annotator="rule")
                 recorded += 1
-        if recorded >= wanted:
-            break
     if recorded < wanted:
         raise TrainingError(f"the rule found only {recorded} preferences in {MOST_ROUNDS} rounds; {wanted} are wanted")
     return recorded

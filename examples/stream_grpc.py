@@ -22,9 +22,8 @@ async def main(address: str) -> None:
         inference = inference_pb2_grpc.InferenceServiceStub(channel)
         request = pb.CreateChatCompletionRequest(temperature=0.7, max_tokens=64)
         request.messages.add(role="user", content="Tell me about water wheels.")
-        call = inference.StreamChatCompletion(
-            request, timeout=60, metadata=KEY
-        )  # past the deadline the engine stops, too
+        # Past the deadline the engine stops, too.
+        call = inference.StreamChatCompletion(request, timeout=60, metadata=KEY)
         read = 0
         try:
             async for chunk in call:

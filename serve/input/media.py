@@ -34,18 +34,13 @@ class MediaDoor:
         try:
             if scheme_of(url) in ("http", "https"):
                 sent = await self._fetcher.fetch(url)
-                admitted = await loop.run_in_executor(None, admit, sent, self.limits)
+                admitted = await loop.run_in_executor(None, self._cleaned, sent, intake)
             else:
-                sent, admitted = await loop.run_in_executor(None, self._local, url)
+                sent, admitted = await loop.run_in_executor(None, self._local, url, intake)
         except (NotFetched, TooMuch) as error:
             raise self.refused(url, error.reason, str(error), intake) from error
         except Broken as error:
             raise self.refused(url, "image_broken", str(error), intake) from error
-        if intake is not None:
-            intake.pixels += admitted.pixels
-            if intake.pixels > self.limits.max_request_pixels:
-                said = f"makes it more than {self.limits.max_request_pixels} pixels in one request"
-                raise self.refused(url, "image_pixels", f"{said} (input.images.max_request_pixels)", intake)
         if intake is not None and (scheme_of(url) != "data" or admitted.data is not sent):
             return intake.replaced.setdefault(url, admitted)  # a host may say something else to each who asks
         return admitted
@@ -56,10 +51,21 @@ class MediaDoor:
         place = intake.place(url) if intake else None
         return self.refusals.refuse(reason, f"{place or 'a picture'}: the picture {why}", place)
 
-    def _local(self, url: str) -> tuple[bytes, Admitted]:
+    def _cleaned(self, sent: bytes, intake: Intake | None) -> Admitted:
+        """The picture, after its pixels are counted among those of the request."""
+
+        def spend(pixels: int) -> None:
+            most = self.limits.max_request_pixels
+            if intake is not None and not intake.spend(pixels, most):
+                said = f"makes it more than {most} pixels in one request (input.images.max_request_pixels)"
+                raise TooMuch("image_pixels", said)
+
+        return admit(sent, self.limits, spend)
+
+    def _local(self, url: str, intake: Intake | None) -> tuple[bytes, Admitted]:
         """What needs no network: the bytes as they were sent, and as they go on."""
         sent = read_file_url(url, self.limits) if scheme_of(url) == "file" else self._decoded(url)
-        return sent, admit(sent, self.limits)
+        return sent, self._cleaned(sent, intake)
 
     def _decoded(self, url: str) -> bytes:
         """The bytes of a `data:` URL (RFC 2397), which must be base64 as vLLM's must."""

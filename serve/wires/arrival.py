@@ -38,7 +38,8 @@ class Arrivals:
             try:
                 request = await self._message(aiter(requests))
             except (TimeoutError, StopAsyncIteration):
-                await abort(context, InvalidRequest("the message did not come in time", param="body"))
+                said = "the message did not come in time: send it with the call's head (doors.message_s)"
+                await abort(context, InvalidRequest(said, param="body"))
             return await run(request, context)
 
         make = getattr(grpc, f"stream_{'stream' if handler.response_streaming else 'unary'}_rpc_method_handler")
@@ -46,12 +47,13 @@ class Arrivals:
 
     async def _message(self, requests: AsyncIterator[Any]) -> Any:
         if self._room.locked() and self._began:
-            oldest = next(iter(self._began))
-            oldest.reschedule(self._began.pop(oldest) + self._grace_s)
+            oldest, began = next(iter(self._began.items()))
+            del self._began[oldest]
+            if not oldest.expired():  # else its stream is ending just now
+                oldest.reschedule(began + self._grace_s)
         async with self._room:
-            began = asyncio.get_running_loop().time()
             async with asyncio.timeout(self._patience_s) as patience:
-                self._began[patience] = began
+                self._began[patience] = asyncio.get_running_loop().time()
                 try:
                     return await anext(requests)
                 finally:

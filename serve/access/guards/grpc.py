@@ -16,7 +16,7 @@ from noria.settings import DoorSettings
 from serve.access.caller import Caller, current_caller, current_wire
 from serve.access.keys import Access
 from serve.access.roles import OPEN_METHODS, grpc_roles
-from serve.api.grpc.calls import abort
+from serve.api.grpc.calls import refusing_unread
 from serve.wires.arrival import Arrivals
 
 PROBES, PROBE_S = 8, 5.0  # a probe's message comes with its head
@@ -39,7 +39,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         try:
             caller = await self._access.admit(header, grpc_roles(details.method))
         except NoriaError as error:
-            return _refusal(error)
+            return refusing_unread(error)
         _enter(caller)  # interceptors behind this one are run in this very task
         return _as_caller(self._messages.soon(await continuation(details)), caller)
 
@@ -76,12 +76,3 @@ def _generator(run: Any, caller: Caller) -> Any:
             yield one
 
     return answer
-
-
-def _refusal(error: NoriaError) -> Any:
-    """A handler that refuses without reading: one of a stream of requests is called before any of them."""
-
-    async def refuse(requests: Any, context: Any) -> None:
-        await abort(context, error)
-
-    return grpc.stream_unary_rpc_method_handler(refuse)

@@ -16,7 +16,7 @@ from noria.errors import NoriaError
 from serve.access.caller import current_caller
 from serve.access.limits.limits import Limits
 from serve.access.limits.load import current_ticket
-from serve.api.grpc.calls import abort
+from serve.api.grpc.calls import abort, refusing_unread
 
 ENGINE = "/noria.v1.InferenceService/"
 OWN = "/noria.v1."
@@ -42,7 +42,7 @@ class LimitsInterceptor(grpc.aio.ServerInterceptor):
             try:
                 self._limits.check(current_caller.get())
             except NoriaError as error:
-                return _refusal(error)
+                return refusing_unread(error)
         if handler.response_streaming:
             return handler._replace(unary_stream=self._around(handler.unary_stream, engine))
         return handler._replace(unary_unary=self._around(handler.unary_unary, engine))
@@ -85,12 +85,3 @@ class _Refused(Exception):
     def __init__(self, error: NoriaError) -> None:
         super().__init__(error.message)
         self.error = error
-
-
-def _refusal(error: NoriaError) -> Any:
-    """A handler that refuses without reading: one of a stream of requests is called before any of them."""
-
-    async def refuse(requests: Any, context: Any) -> None:
-        await abort(context, error)
-
-    return grpc.stream_unary_rpc_method_handler(refuse)

@@ -39,6 +39,15 @@ async def abort(context: Any, error: NoriaError) -> None:
     await context.abort(code, message, trailing_metadata=metadata)
 
 
+def refusing_unread(error: NoriaError) -> Any:
+    """A handler that refuses without reading: one of a stream of requests is called before any of them."""
+
+    async def refuse(requests: Any, context: Any) -> None:
+        await abort(context, error)
+
+    return grpc.stream_unary_rpc_method_handler(refuse)
+
+
 def shortened(text: str, most_bytes: int) -> str:
     """The text, cut in its middle where it is longer: a caller refuses metadata of more than 8 KiB, and with it learns
     nothing of why."""

@@ -7,8 +7,8 @@ vLLM 0.31's own (`vllm/lora/ops/torch_ops/lora_ops.py`) copy the adapter's matri
 index -1, which says "no adapter", for the last slot: a user's token in one batch with a sample got the adapter's part
 added. Here tokens are sorted by adapter and multiplied by its matrices as they are; others are left alone.
 They also round the sum to the nearest bfloat16. The output is one already, so what is less than half a step of it is
-lost, everywhere and always: a part of a thousandth of the output arrives by half, one of a ten-thousandth not at all,
-and a policy's first updates would never reach its samples. Here sums are rounded up or down in proportion.
+lost, everywhere and always: a part of a thousandth of the output arrives by half, one of a ten-thousandth by a
+twentieth, and a policy's first updates would hardly reach its samples. Here sums are rounded up or down in proportion.
 
 Shapes: T tokens, S slots, I and O inputs and outputs, R rank; weights may have a second dimension of 1.
 """

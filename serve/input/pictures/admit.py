@@ -46,11 +46,13 @@ class Admitted:
 
     data: bytes
     media_type: str
-    pixels: int
 
 
-def admit(data: bytes, limits: ImageSettings) -> Admitted:
-    """The picture without what is not pixels. Raises TooMuch before anything is decoded, and Broken."""
+def admit(data: bytes, limits: ImageSettings, spend: Callable[[int], None] = lambda pixels: None) -> Admitted:
+    """The picture without what is not pixels. Raises TooMuch before anything is decoded, and Broken.
+
+    `spend` is told its pixels and may raise TooMuch, too, on behalf of the whole request.
+    """
     if len(data) > limits.max_bytes:
         raise TooMuch("image_bytes", f"has {len(data)} bytes, more than {limits.max_bytes} (input.images.max_bytes)")
     kind = format_of(data)
@@ -59,9 +61,10 @@ def admit(data: bytes, limits: ImageSettings) -> Admitted:
         raise TooMuch("image_format", f"{found}; taken are {', '.join(limits.formats)} (input.images.formats)")
     container = READERS[kind](data) if kind in READERS else _with_pillow(data, kind)
     _check_size(container.width, container.height, limits)
+    spend(container.width * container.height)
     if container.redraw or container.orientation != 1:
         return _redrawn(container, kind)
-    return Admitted(container.data, f"image/{kind}", container.pixels)
+    return Admitted(container.data, f"image/{kind}")
 
 
 def format_of(data: bytes) -> str:
@@ -107,11 +110,11 @@ def _redrawn(container: Container, kind: str) -> Admitted:
     out = BytesIO()
     if kind == "jpeg" and picture.mode in ("L", "RGB", "CMYK"):
         picture.save(out, "JPEG", quality=REDRAWN_QUALITY, subsampling=0)
-        return Admitted(out.getvalue(), "image/jpeg", container.pixels)
+        return Admitted(out.getvalue(), "image/jpeg")
     if picture.mode not in PNG_MODES:
         picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     picture.save(out, "PNG", compress_level=3)
-    return Admitted(out.getvalue(), "image/png", container.pixels)
+    return Admitted(out.getvalue(), "image/png")
 
 
 def _upright(picture: Image, orientation: int) -> Image:

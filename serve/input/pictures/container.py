@@ -28,11 +28,6 @@ class Container:
     orientation: int = 1
     redraw: bool = False
 
-    @property
-    def pixels(self) -> int:
-        """Width times height."""
-        return self.width * self.height
-
 
 def span(data: bytes, begin: int, length: int) -> bytes:
     """`length` bytes from `begin`. Raises Broken where the file ends before."""

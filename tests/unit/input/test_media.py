@@ -17,6 +17,8 @@ from serve.capture.images import strip_images
 from serve.input.fetch.fetcher import Fetcher
 from serve.input.intake import Intake, current_intake
 from serve.input.media import MediaDoor
+from serve.input.pictures import admit as admitting
+from serve.input.pictures.container import Container
 from serve.input.refusals import InputRefused, Refusals
 from serve.logs import KeyedFormatter
 from serve.sampling.adapters.shelf import NAME
@@ -180,3 +182,23 @@ async def test_the_pictures_of_a_request_are_measured_together() -> None:
                     await door.admit(url)
         finally:
             current_intake.reset(token)
+
+
+async def test_a_picture_too_many_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pixels of a request are counted from the headers: what is over is never turned upright."""
+    turned, redraw = data_url(encoded(noise(), "JPEG", exif=exif(6))), admitting._redrawn
+    drawn: list[Container] = []
+
+    def watched(container: Container, kind: str) -> admitting.Admitted:
+        drawn.append(container)
+        return redraw(container, kind)
+
+    monkeypatch.setattr(admitting, "_redrawn", watched)
+    door = MediaDoor(ImageSettings(max_request_pixels=5000), Refusals())
+    token = current_intake.set(Intake(lambda: {}))
+    try:
+        said = await asyncio.gather(*(door.admit(turned) for _ in range(6)), return_exceptions=True)
+    finally:
+        current_intake.reset(token)
+    assert sum(isinstance(one, InputRefused) for one in said) == 4
+    assert len(drawn) == 2
