@@ -19,10 +19,26 @@ from tests.unit.sampling.adapters import write_serving
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """A system of its own: jobs are queued here."""
-    with fake_system(tmp_path_factory.mktemp("examples") / "home") as system:
+ROLES: dict[str, list[str]] = {
+    "chat_image_grpc.py": ["client"],
+    "stream_grpc.py": ["client"],
+    "preference_grpc.py": ["client", "annotator"],
+    "openai_feedback.py": ["client", "annotator"],
+    "retrain_watch.py": ["operator"],
+}
+"""Those that each one's text names."""
+
+
+@pytest.fixture(scope="module", params=["open", "keyed"])
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """A system of its own: jobs are queued here. One asks for keys, and each example has one of its roles."""
+    key = "an operator's, of this test" if request.param == "keyed" else None
+    with fake_system(tmp_path_factory.mktemp("examples") / "home", key) as system, pytest.MonkeyPatch.context() as env:
+        env.delenv("NORIA_API_KEY", raising=False)
+        if key is not None:
+            with system.store() as store:
+                for name, roles in ROLES.items():
+                    env.setenv(f"KEY_OF_{name}", store.create_key(name.removesuffix(".py"), roles)[1])
         yield system
 
 
@@ -31,6 +47,8 @@ def run(name: str, *words: str, status: int = 0) -> str:
     command = [sys.executable, str(EXAMPLES / name), *words]
     root = str(EXAMPLES.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    key = environment.get(f"KEY_OF_{name}")
+    environment |= {"NORIA_API_KEY": key} if key else {}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
     assert done.returncode == status, done.stderr
     return done.stdout if status == 0 else done.stderr
@@ -48,6 +66,10 @@ def test_every_example_is_run() -> None:
     assert names == {name.removeprefix("test_") for name in globals() if name.startswith("test_")} - {
         "every_example_is_run"
     }
+    assert names == {name.removesuffix(".py") for name in ROLES}
+    for name, roles in ROLES.items():
+        said = (EXAMPLES / name).read_text().partition("NORIA_API_KEY: a key with the role")[2].splitlines()[0]
+        assert said.removeprefix("s").split(" and ") == [f" {roles[0]}", *roles[1:]]
 
 
 def test_chat_image_grpc(running: System, tmp_path: Path, picture: bytes) -> None:
