@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from noria.client.errors import error_of
 from noria.evals.questions import Question, content_of
 
 if TYPE_CHECKING:
@@ -58,11 +59,18 @@ def ask(client: OpenAI, question: Question, *, n: int, seed: int, user: str, max
 def ask_all(
     client: OpenAI, questions: Sequence[Question], *, n: int, seed: int, tick: Callable[[], None]
 ) -> list[Answered]:
-    """Asks every question, eight at a time; the answers come in the questions' order. `tick` is called for each."""
+    """Asks every question, eight at a time; the answers come in the questions' order. `tick` is called for each.
+
+    Raises NoriaError when the server refuses one.
+    """
+    from openai import APIStatusError
 
     def one(numbered: tuple[int, Question]) -> Answered:
         index, question = numbered
-        answered = ask(client, question, n=n, seed=seed + index, user=f"demo-user-{index % CLIENTS}")
+        try:
+            answered = ask(client, question, n=n, seed=seed + index, user=f"demo-user-{index % CLIENTS}")
+        except APIStatusError as refused:
+            raise error_of(refused.status_code, {"error": refused.body}) from refused
         tick()
         return answered
 

@@ -21,6 +21,7 @@ from noria.records import BadRow, Json
 Metric = Literal["exact", "contains", "choice", "number", "anls", "vqa", "yes_no"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+TAKEN = ("image/png", "image/jpeg", "image/webp", "image/gif")  # by default (input.images.formats)
 MARK = re.compile(r"<image ([1-9][0-9]?)>")  # where a picture stands inside the text, counted from 1
 
 
@@ -119,8 +120,14 @@ def content_of(question: Question) -> str | list[Json]:
 
 
 def data_url(data: bytes) -> str:
-    """The picture as a `data:` URL. Raises OSError or ValueError for bytes that Pillow does not know."""
-    return f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
+    """The picture as a `data:` URL: as it is where every server takes its kind (`TAKEN`), else as a PNG of its pixels.
+
+    Raises OSError or ValueError for bytes that Pillow does not know.
+    """
+    kind = media_type(data)
+    if kind not in TAKEN:
+        kind, data = "image/png", _as_png(data)
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def media_type(data: bytes) -> str:
@@ -134,6 +141,16 @@ def media_type(data: bytes) -> str:
         raise ValueError(str(error)) from error
     except OSError as error:
         raise ValueError(f"{len(data)} bytes that are no picture") from error
+
+
+def _as_png(data: bytes) -> bytes:
+    from PIL import Image
+
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(data)) as picture:
+        held = picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+        (picture if held else picture.convert("RGB")).save(out, "PNG")
+    return out.getvalue()
 
 
 def _checked(picture: Picture) -> str:

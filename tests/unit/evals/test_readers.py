@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -10,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from noria.demo.questions import held_out, training
 from noria.errors import InvalidRequest, NotFound
 from noria.evals.questions import Question, content_of
 from noria.evals.sets import load_set
 from noria.records import Json
+from noria.settings import ImageSettings
+from serve.input.pictures.admit import admit
 from tests.unit.evals.files import cell, mme, mmmu_row, parquet, png, textvqa, textvqa_row, write, write_lines
 
 DATA = "data:image/png;base64," + base64.b64encode(png()).decode()
@@ -139,6 +144,31 @@ def test_pictures_come_from_urls_and_are_made_by_their_reference(tmp_path: Path,
         ("cannot be fetched", "cannot be fetched", "scene:nothing", "base64"), reasons, strict=True
     ):
         assert part in reason
+
+
+def test_what_is_asked_passes_the_servers_door_as_it_is_by_default(tmp_path: Path) -> None:
+    """Whatever the file was: made pictures are hashed as BMP, scans come as TIFF and in four colours."""
+    scan = Image.new("CMYK", (40, 30), (0, 255, 255, 0))
+    files = {"a.bmp": scan.convert("RGB"), "a.tiff": scan, "a.gif": scan.convert("P"), "a.png": scan.convert("RGB")}
+    for name, picture in files.items():
+        picture.save(tmp_path / name)
+    rows = [{"question": "Red?", "image": name, "answer": "yes"} for name in [*files, "scene:held_out/one/1/2"]]
+    asked = [*load_set(str(write_lines(tmp_path / "q.jsonl", rows))).questions, *held_out(), *training()]
+    shown = [(question, part) for question in asked if question.pictures for part in parts_of(question)]
+    kinds = set()
+    for question, part in shown:
+        if part["type"] != "image_url":
+            continue
+        data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+        admitted = admit(data, ImageSettings())
+        kinds.add(admitted.media_type)
+        assert pixels(admitted.data) == pixels(question.pictures[0].read()), question.pictures[0].ref
+    assert kinds == {"image/png", "image/gif"}
+
+
+def pixels(data: bytes) -> bytes:
+    """The picture's pixels in RGB."""
+    return Image.open(io.BytesIO(data)).convert("RGB").tobytes()
 
 
 @pytest.fixture
